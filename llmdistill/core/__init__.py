@@ -1,0 +1,1 @@
+"""Stage, artefact, store, run, pipeline: what everything else stands on. No torch here."""

@@ -1,0 +1,1 @@
+"""The decode engine: what evaluation measures, benchmarks time and the server serves."""

@@ -1,0 +1,212 @@
+"""Llama and Qwen2 class models: prompts are prefilled up to their last token, then one token of every row a step.
+
+The arithmetic is that of transformers' LlamaForCausalLM and Qwen2ForCausalLM: grouped-query attention without copies of the keys (the queries of a group go together),
+rotary positions from the model's own module, tabulated once. The prompt's last token is the first step's input, so that rows that join need no step of their own; and
+the last layer of a prefill only has to leave its keys and values.
+
+Shapes: R rows, W slots a row (beams), S = R*W slots, H key/value heads, G query heads a key/value head, D head width, M model width, P prefix columns, L columns in use,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from llmdistill.decode import modules
+from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, Window, prefill_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+# Rotary frequencies that change with the length of the longest row would make a row depend on its neighbours.
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class FeedForward:
+    """hidden -> hidden + down(act(gate(norm(hidden))) * up(norm(hidden)))."""
+
+    def __init__(self, norm: nn.Module, mlp: Any) -> None:
+        self.norm = modules.norm(norm)
+        self.is_gated = all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        self.whole = mlp
+        if self.is_gated:
+            self.gate, self.up, self.activation = mlp.gate_proj, mlp.up_proj, modules.activation(mlp.act_fn)
+            self.add_output = modules.residual_linear(mlp.down_proj)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        if not self.is_gated:
+            return hidden + self.whole(normed)
+        return self.add_output(hidden, self.activation(self.gate(normed)) * self.up(normed))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The callables of one layer."""
+
+    norm: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], Tensor]
+    add_output: Callable[[Tensor, Tensor], Tensor]
+    feed_forward: FeedForward
+    num_heads: int  # of keys and values
+    num_groups: int  # query heads for each of them
+    head_width: int
+    scale: float
+
+
+class CausalDecoder:
+    """What is the same for all batches of one model."""
+
+    def __init__(self, model: LlamaForCausalLM | Qwen2ForCausalLM) -> None:
+        config: Any = model.config
+        inner: Any = model.model
+        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+            raise ValueError(
+                f"the decode engine does not run sliding-window attention (layer_types: {sorted(set(config.layer_types))}); set use_sliding_window=False"
+            )
+        if inner.rotary_emb.rope_type not in FIXED_ROPE_TYPES:
+            raise ValueError(f"the decode engine does not run rotary positions of type {inner.rotary_emb.rope_type!r}; it runs {', '.join(FIXED_ROPE_TYPES)}")
+        self.device = inner.embed_tokens.weight.device
+        self.dtype = inner.embed_tokens.weight.dtype
+        self.vocabulary_size = inner.embed_tokens.num_embeddings
+        self.max_positions: int | None = config.max_position_embeddings
+        self.embed = inner.embed_tokens
+        self.layers = [_layer(layer) for layer in inner.layers[: config.num_hidden_layers]]
+        self.rotary = inner.rotary_emb
+        self.norm = modules.norm(inner.norm)
+        self.head = modules.head(model.lm_head)
+        # A few prompts at a time keep the feed-forward's activations in a CPU's cache.
+        self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
+        self._cosine_sine: tuple[Tensor, Tensor] | None = None
+
+    def new_batch(self, width: int) -> CausalBatch:
+        return CausalBatch(self, width)
+
+    def rotation(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine of the positions, all below `num_positions`: x -> x * cosine + (x with its halves swapped) * sine."""
+        if self._cosine_sine is None or len(self._cosine_sine[0]) < num_positions:
+            all_positions = torch.arange(-(-num_positions // COLUMN_BLOCK) * COLUMN_BLOCK, device=self.device)
+            cosine_1PD, sine_1PD = self.rotary(self.embed.weight[:1], all_positions[None])
+            sine_PD = sine_1PD[0].clone()
+            sine_PD[:, : sine_PD.shape[1] // 2].neg_()
+            self._cosine_sine = cosine_1PD[0], sine_PD
+        cosine, sine = self._cosine_sine
+        return cosine[positions], sine[positions]
+
+
+class CausalBatch:
+    """The rows that decode together."""
+
+    def __init__(self, decoder: CausalDecoder, width: int) -> None:
+        self.decoder = decoder
+        self.width = width
+        self.cache = KVCache([(layer.num_heads, layer.head_width) for layer in decoder.layers], width=width, dtype=decoder.dtype, device=decoder.device)
+
+    @property
+    def num_rows(self) -> int:
+        return self.cache.num_rows
+
+    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Prefills new rows after the present ones; the token that each row's first step begins with."""
+        prefixes = [prompt[:-1] for prompt in prompts]
+        lengths = [len(prefix) for prefix in prefixes]
+        first_slot = self.cache.admit(lengths).start
+        for chunk in prefill_chunks(lengths, self.decoder.max_prefill_tokens):
+            if max(lengths[chunk]):
+                self._prefill(prefixes[chunk], first_slot + chunk.start * self.width)
+        return [prompt[-1] for prompt in prompts]
+
+    def rearrange(self, order: Sequence[int]) -> None:
+        """Keeps the rows `order`, in that order."""
+        self.cache.rearrange(order)
+
+    def reorder_slots(self, sources: Sequence[int], num_steps: int) -> None:
+        """Slot i continues slot sources[i], which is one of the same row; the rows have made so many steps."""
+        self.cache.reorder_slots(torch.tensor(sources, device=self.decoder.device), self.cache.column - num_steps)
+
+    def step(self, tokens: Sequence[int]) -> Float[Tensor, "S V"]:
+        """The logits after each slot's newest token."""
+        decoder, cache = self.decoder, self.cache
+        window = cache.window()
+        positions = [cache.column - start for start in cache.starts for _ in range(self.width)]
+        rotation = decoder.rotation(torch.tensor(positions, device=decoder.device)[:, None], max(positions) + 1)
+        hidden_R1L = window.hidden
+        if hidden_R1L is not None and self.width > 1:
+            hidden_R1L = hidden_R1L.repeat_interleave(self.width, 0)
+        hidden_SM = decoder.embed(torch.tensor(tokens, device=decoder.device))
+        for index, layer in enumerate(decoder.layers):
+            bias = None if hidden_R1L is None else hidden_R1L.expand(-1, layer.num_heads, -1).reshape(-1, 1, hidden_R1L.shape[-1])
+            hidden_SM = self._layer(layer, hidden_SM, window, index, rotation, bias)
+        cache.advance()
+        return decoder.head(decoder.norm(hidden_SM))
+
+    def _layer(self, layer: Layer, hidden_SM: Tensor, window: Window, index: int, rotation: tuple[Tensor, Tensor], bias_N1L: Tensor | None) -> Tensor:
+        num_slots, num_queries, num_heads = hidden_SM.shape[0], layer.num_heads * layer.num_groups, layer.num_heads
+        qkv = layer.qkv(layer.norm(hidden_SM)).view(num_slots, -1, layer.head_width)
+        qk = _rotate(qkv[:, : num_queries + num_heads], rotation)
+        written = window.written[index]
+        written[0].copy_(qk[:, num_queries:])
+        written[1].copy_(qkv[:, num_queries + num_heads :])
+        queries = qk[:, :num_queries].reshape(num_slots * num_heads, layer.num_groups, layer.head_width)
+        attended = modules.attend(queries, window.keys[index], window.values[index], bias_N1L, layer.scale)
+        return layer.feed_forward(layer.add_output(hidden_SM, attended.view(num_slots, -1)))
+
+    def _prefill(self, prefixes: Sequence[Sequence[int]], first_slot: int) -> None:
+        """Prefixes flush right in the columns before the cache's present one."""
+        decoder, cache = self.decoder, self.cache
+        num_rows, num_columns = len(prefixes), max(map(len, prefixes))
+        pads = [num_columns - len(prefix) for prefix in prefixes]
+        tokens_RP = torch.tensor([[*[0] * pad, *prefix] for pad, prefix in zip(pads, prefixes, strict=True)], device=decoder.device)
+        pads_R1 = torch.tensor(pads, device=decoder.device)[:, None]
+        columns_P = torch.arange(num_columns, device=decoder.device)
+        cosine, sine = decoder.rotation((columns_P - pads_R1).clamp(min=0), num_columns)
+        rotation = cosine[:, :, None], sine[:, :, None]
+        mask = None
+        if any(pads):
+            # A padding column sees itself, so that its attention is not 0/0.
+            seen_RPP = (columns_P[None, None] <= columns_P[None, :, None]) & (columns_P >= pads_R1)[:, None]
+            mask = (seen_RPP | torch.eye(num_columns, dtype=torch.bool, device=decoder.device))[:, None]
+        slots, columns = slice(first_slot, first_slot + num_rows * self.width), slice(cache.column - num_columns, cache.column)
+        hidden = decoder.embed(tokens_RP)
+        for layer, stored in zip(decoder.layers, cache.store.layers, strict=True):
+            num_queries, num_heads, width = layer.num_heads * layer.num_groups, layer.num_heads, layer.head_width
+            qkv = layer.qkv(layer.norm(hidden)).view(num_rows, num_columns, -1, width)
+            qk = _rotate(qkv[:, :, : num_queries + num_heads], rotation)
+            queries, keys, values = (x.transpose(1, 2) for x in (qk[:, :, :num_queries], qk[:, :, num_queries:], qkv[:, :, num_queries + num_heads :]))
+            for place, states in enumerate((keys, values)):
+                stored[place, slots, :, columns] = states if self.width == 1 else states.repeat_interleave(self.width, 0)
+            if layer is decoder.layers[-1]:
+                break
+            if layer.num_groups > 1:
+                keys, values = (x.repeat_interleave(layer.num_groups, 1) for x in (keys, values))
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=layer.scale)
+            hidden = layer.feed_forward(layer.add_output(hidden, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosine, sine = rotation
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
+
+
+def _layer(layer: Any) -> Layer:
+    attention = layer.self_attn
+    return Layer(
+        norm=modules.norm(layer.input_layernorm),
+        qkv=modules.joint_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+        add_output=modules.residual_linear(attention.o_proj),
+        feed_forward=FeedForward(layer.post_attention_layernorm, layer.mlp),
+        num_heads=attention.config.num_key_value_heads,
+        num_groups=attention.num_key_value_groups,
+        head_width=attention.head_dim,
+        scale=attention.scaling,
+    )

@@ -1,0 +1,221 @@
+"""T5 v1.0 and v1.1: the encoder once a row, then one decoder token of every row a step.
+
+The arithmetic is that of transformers' T5ForConditionalGeneration. What is done once instead of at every step: cross-attention's keys and values (contiguous, one copy
+for all beams of a row), the relative position bias (one table by distance), the masks.
+
+Shapes: R rows, W slots a row (beams), S = R*W slots, H heads, D head width, M model width, E encoder columns, L decoder columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import T5ForConditionalGeneration
+
+from llmdistill.decode import modules
+from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, SlotStore, Window, prefill_chunks
+from llmdistill.decode.t5_encoder import FeedForward, T5Encoder, clamp_float16, keep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """The callables of one decoder block."""
+
+    self_norm: Callable[[Tensor], Tensor]
+    self_qkv: Callable[[Tensor], Tensor]
+    add_self_output: Callable[[Tensor, Tensor], Tensor]
+    cross_norm: Callable[[Tensor], Tensor]
+    cross_q: nn.Module
+    cross_k: nn.Module
+    cross_v: nn.Module
+    add_cross_output: Callable[[Tensor, Tensor], Tensor]
+    feed_forward: FeedForward
+    num_heads: int
+    head_width: int
+
+
+class T5Decoder:
+    """What is the same for all batches of one model."""
+
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        config = model.config
+        decoder_blocks: Any = model.decoder.block
+        self.device = model.shared.weight.device
+        self.dtype = model.shared.weight.dtype
+        self.vocabulary_size = model.shared.num_embeddings
+        self.max_positions: int | None = None  # relative positions have no end
+        self.start_token = _start_token(model)
+        self.embed_encoder, self.embed = model.encoder.embed_tokens, model.decoder.embed_tokens
+        self.encoder = T5Encoder(model.encoder)
+        self.blocks = [_decoder_block(block) for block in decoder_blocks]
+        self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
+        self.norm = modules.norm(model.decoder.final_layer_norm)
+        scales_output = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+        self.output_scale = config.d_model**-0.5 if scales_output else 1.0
+        self.head = modules.head(model.lm_head)
+        self.clamp = clamp_float16 if self.dtype == torch.float16 else keep
+        # Encoding a few prompts at a time keeps the feed-forward's activations in a CPU's cache.
+        self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
+        self._bias_HL = torch.zeros(0, 0)
+
+    def new_batch(self, width: int) -> T5Batch:
+        return T5Batch(self, width)
+
+    def bias(self, num_columns: int) -> Float[Tensor, "H L"]:
+        """The bias of the newest token on the last so many columns, itself included."""
+        if self._bias_HL.shape[-1] < num_columns:
+            num_all = -(-num_columns // COLUMN_BLOCK) * COLUMN_BLOCK
+            self._bias_HL = self.relative_bias.compute_bias(1, num_all, past_seen_tokens=num_all - 1)[0, :, 0]
+        return self._bias_HL[:, self._bias_HL.shape[-1] - num_columns :]
+
+
+class T5Batch:
+    """The rows that decode together."""
+
+    def __init__(self, decoder: T5Decoder, width: int) -> None:
+        self.decoder = decoder
+        self.width = width
+        shapes = [(block.num_heads, block.head_width) for block in decoder.blocks]
+        self.cache = KVCache(shapes, width=width, dtype=decoder.dtype, device=decoder.device)
+        self.cross = SlotStore(shapes, dtype=decoder.dtype, device=decoder.device)
+        self.lengths: list[int] = []  # of the prompts
+        self._cross_views: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.cache.num_rows
+
+    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Encodes the prompts into new rows after the present ones; each row's first decoder token."""
+        num_before = self.num_rows
+        self.cache.admit([0] * len(prompts))
+        num_slots = self.cache.store.num_slots // self.width
+        self.cross.reserve(num_slots, max(map(len, prompts)), used_slots=num_before, used_columns=max(self.lengths, default=0))
+        for chunk in prefill_chunks([len(prompt) for prompt in prompts], self.decoder.max_prefill_tokens):
+            self._encode(prompts[chunk], num_before + chunk.start)
+        self.lengths += [len(prompt) for prompt in prompts]
+        self._cross_views = None
+        return [self.decoder.start_token] * len(prompts)
+
+    def rearrange(self, order: Sequence[int]) -> None:
+        """Keeps the rows `order`, in that order."""
+        self.cross.rearrange(order, width=1, num_columns=max(self.lengths, default=0))
+        self.lengths = [self.lengths[row] for row in order]
+        self.cache.rearrange(order)
+        self._cross_views = None
+
+    def reorder_slots(self, sources: Sequence[int], num_steps: int) -> None:
+        """Slot i continues slot sources[i], which is one of the same row; the rows have made so many steps."""
+        self.cache.reorder_slots(torch.tensor(sources, device=self.decoder.device), self.cache.column - num_steps)
+
+    def step(self, tokens: Sequence[int]) -> Float[Tensor, "S V"]:
+        """The logits after each slot's newest token."""
+        decoder = self.decoder
+        window = self.cache.window()
+        biases = self._self_biases(window)
+        cross_views = self._cross()
+        hidden_SM = decoder.embed(torch.tensor(tokens, device=decoder.device))
+        for index, block in enumerate(decoder.blocks):
+            hidden_SM = self._layer(block, hidden_SM, window, index, biases, cross_views[index])
+        self.cache.advance()
+        hidden_SM = decoder.norm(hidden_SM)
+        return decoder.head(hidden_SM if decoder.output_scale == 1 else hidden_SM * decoder.output_scale)
+
+    def _layer(
+        self, block: DecoderBlock, hidden_SM: Tensor, window: Window, index: int, bias_N1L: Tensor, cross: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Tensor:
+        num_slots, num_heads, width = hidden_SM.shape[0], block.num_heads, self.width
+        qkv_S3HD = block.self_qkv(block.self_norm(hidden_SM)).view(num_slots, 3, num_heads, block.head_width)
+        window.written[index].copy_(qkv_S3HD[:, 1:].transpose(0, 1))
+        queries = qkv_S3HD[:, 0].reshape(num_slots * num_heads, 1, block.head_width)
+        attended = modules.attend(queries, window.keys[index], window.values[index], bias_N1L, 1.0)
+        hidden_SM = self.decoder.clamp(block.add_self_output(hidden_SM, attended.view(num_slots, -1)))
+
+        queries = block.cross_q(block.cross_norm(hidden_SM))
+        if width == 1:
+            queries = queries.view(num_slots * num_heads, 1, block.head_width)
+        else:  # the beams of a row are queries to one copy of its keys
+            queries = queries.view(-1, width, num_heads, block.head_width).transpose(1, 2).reshape(-1, width, block.head_width)
+        attended = modules.attend(queries, *cross, 1.0)
+        if width > 1:
+            attended = attended.view(-1, num_heads, width, block.head_width).transpose(1, 2)
+        hidden_SM = self.decoder.clamp(block.add_cross_output(hidden_SM, attended.reshape(num_slots, -1)))
+        return self.decoder.clamp(block.feed_forward(hidden_SM))
+
+    def _self_biases(self, window: Window) -> Float[Tensor, "S*H 1 L"]:
+        bias_HL = self.decoder.bias(window.keys[0].shape[-1])
+        num_heads, num_columns = bias_HL.shape
+        if window.hidden is None:
+            bias = bias_HL.expand(self.num_rows * self.width, num_heads, num_columns)
+        else:
+            bias = (bias_HL + window.hidden)[:, None].expand(-1, self.width, -1, -1)
+        return bias.reshape(-1, 1, num_columns)
+
+    def _cross(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Keys (R*H, D, E), values (R*H, E, D) and mask (R*H, 1, E) of every layer."""
+        if self._cross_views is None:
+            num_columns, hidden_R1E = max(self.lengths), _hidden_after(self.lengths, self.decoder)
+            self._cross_views = []
+            for layer in self.cross.layers:
+                num_heads = layer.shape[2]
+                keys, values = layer.flatten(1, 2)[:, : self.num_rows * num_heads, :num_columns].unbind(0)
+                hidden = None if hidden_R1E is None else hidden_R1E.expand(-1, num_heads, -1).reshape(-1, 1, num_columns)
+                self._cross_views.append((keys.transpose(1, 2), values, hidden))
+        return self._cross_views
+
+    def _encode(self, prompts: Sequence[Sequence[int]], first_row: int) -> None:
+        decoder, lengths = self.decoder, [len(prompt) for prompt in prompts]
+        num_rows, num_columns = len(prompts), max(lengths)
+        tokens_RE = torch.tensor([[*prompt, *[0] * (num_columns - len(prompt))] for prompt in prompts], device=decoder.device)
+        encoded_REM = decoder.encoder(decoder.embed_encoder(tokens_RE), _hidden_after(lengths, decoder), decoder.clamp)
+        for block, layer in zip(decoder.blocks, self.cross.layers, strict=True):
+            for place, module in enumerate((block.cross_k, block.cross_v)):
+                states_RHED = module(encoded_REM).view(num_rows, num_columns, block.num_heads, block.head_width).transpose(1, 2)
+                layer[place, first_row : first_row + num_rows, :, :num_columns] = states_RHED
+
+
+def _decoder_block(block: Any) -> DecoderBlock:
+    own, cross, feed_forward = block.layer
+    attention = own.SelfAttention
+    return DecoderBlock(
+        self_norm=modules.norm(own.layer_norm),
+        self_qkv=modules.joint_linear([attention.q, attention.k, attention.v]),
+        add_self_output=modules.residual_linear(attention.o),
+        cross_norm=modules.norm(cross.layer_norm),
+        cross_q=cross.EncDecAttention.q,
+        cross_k=cross.EncDecAttention.k,
+        cross_v=cross.EncDecAttention.v,
+        add_cross_output=modules.residual_linear(cross.EncDecAttention.o),
+        feed_forward=FeedForward(feed_forward),
+        num_heads=attention.n_heads,
+        head_width=attention.key_value_proj_dim,
+    )
+
+
+def _hidden_after(lengths: Sequence[int], decoder: T5Decoder) -> Int[Tensor, "R 1 E"] | None:
+    """Minus infinity after each row's end, 0 before; None where all rows are equally long."""
+    num_columns = max(lengths)
+    if min(lengths) == num_columns:
+        return None
+    lengths_R1 = torch.tensor(lengths, device=decoder.device)[:, None]
+    after_RE = torch.arange(num_columns, device=decoder.device) >= lengths_R1
+    return torch.zeros(after_RE.shape, dtype=decoder.dtype, device=decoder.device).masked_fill_(after_RE, -torch.inf)[:, None]
+
+
+def _start_token(model: T5ForConditionalGeneration) -> int:
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token)
+    raise ValueError("the model's configuration has no decoder_start_token_id; set it (T5 uses the padding token's id)")

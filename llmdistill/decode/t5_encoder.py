@@ -1,0 +1,90 @@
+"""What T5's encoder and decoder share, and the encoder: it runs once a row, on padded prompts.
+
+The arithmetic is that of transformers' T5Stack. Where it runs cheaper: q, k, v and the feed-forward as llmdistill.decode.modules says, the relative bias and the mask
+are joined once for all layers, and only where prompts differ in length is there a mask.
+
+Shapes: R rows, E encoder columns, M model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+
+from llmdistill.decode import modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+class FeedForward:
+    """hidden -> hidden + wo(act(wi(norm(hidden))))."""
+
+    def __init__(self, layer: Any) -> None:
+        dense = layer.DenseReluDense
+        self.norm = modules.norm(layer.layer_norm)
+        self.whole: nn.Module | None = None
+        if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
+            self.whole = dense
+            return
+        self.activation = modules.activation(dense.act)
+        self.gate, self.linear = (dense.wi_0, dense.wi_1) if isinstance(dense, T5DenseGatedActDense) else (dense.wi, None)
+        self.add_output = modules.residual_linear(dense.wo)
+        weight = getattr(dense.wo, "weight", None)  # transformers keeps wo in float32 when the rest of the model is in half precision
+        self.dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        if self.whole is not None:
+            return hidden + self.whole(normed)
+        inner = self.activation(self.gate(normed))
+        if self.linear is not None:
+            inner = inner * self.linear(normed)
+        return self.add_output(hidden, inner if self.dtype is None else inner.to(self.dtype))
+
+
+class T5Encoder:
+    """The encoder on padded prompts."""
+
+    def __init__(self, stack: Any) -> None:
+        self.blocks = [
+            (
+                modules.norm(block.layer[0].layer_norm),
+                block.layer[0].SelfAttention,
+                modules.residual_linear(block.layer[0].SelfAttention.o),
+                FeedForward(block.layer[1]),
+            )
+            for block in stack.block
+        ]
+        self.relative_bias = stack.block[0].layer[0].SelfAttention
+        self.norm = modules.norm(stack.final_layer_norm)
+
+    def __call__(self, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        num_rows, num_columns, _ = hidden_REM.shape
+        bias = self.relative_bias.compute_bias(num_columns, num_columns)
+        bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
+        for norm, attention, add_output, feed_forward in self.blocks:
+            normed = norm(hidden_REM)
+            q, k, v = (module(normed).view(num_rows, num_columns, attention.n_heads, -1).transpose(1, 2) for module in (attention.q, attention.k, attention.v))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+            hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
+            hidden_REM = clamp(feed_forward(hidden_REM))
+        return self.norm(hidden_REM)
+
+
+def keep(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def clamp_float16(hidden: Tensor) -> Tensor:
+    """As T5Block does, so that float16 does not overflow."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    largest = torch.finfo(torch.float16).max
+    return hidden.clamp(-largest, largest) if not hidden.isinf().any() else hidden.clamp(1000 - largest, largest - 1000)

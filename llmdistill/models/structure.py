@@ -1,0 +1,64 @@
+"""Structure as data: which submodules of the stock model are replaced, by what, and which tensors are one and the same.
+
+config.json of a changed model holds
+
+    "structure": {"decoder.block.0.layer.0.SelfAttention.q": {"kind": "low_rank", "rank": 8}, ...}
+    "ties": {"lm_head.weight": "shared.weight", ...}
+
+Loading builds the stock class, swaps in the modules that the structure names and reads the safetensors strictly; there is no code in a checkpoint and no
+pickle. Both are read off the model itself when it is saved, so they cannot say anything else than what is there: a technique replaces modules with
+`model.set_submodule(path, module)`, shares tensors as it likes, and has nothing to declare.
+
+Paths may nest: a module that replaces a linear may itself have its inner linears replaced (an int8 factor of a low-rank linear), the outer one first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from llmdistill.models.low_rank_linear import LowRankLinear
+
+KINDS: tuple[Any, ...] = (LowRankLinear,)
+"""Every kind there is (module classes as kind.py describes). A new technique adds its class here."""
+
+
+def structure_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The replaced modules of a model, by path, each with its kind and settings."""
+    replaced: list[tuple[str, Any]] = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if type(module) in KINDS]
+    return {path: {"kind": module.kind, **module.settings()} for path, module in replaced}
+
+
+def install(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> None:
+    """Swap in the modules that a structure names, still empty."""
+    kinds = {kind.kind: kind for kind in KINDS}
+    for path in sorted(structure, key=lambda path: (path.count("."), path)):
+        settings = dict(structure[path])
+        name = settings.pop("kind", None)
+        if name not in kinds:
+            raise ValueError(
+                f"the structure has kind {name!r} at {path!r}, and this llmdistill knows {sorted(kinds)}; "
+                "the checkpoint may come from a later version: upgrade llmdistill"
+            )
+        try:
+            replaced = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"the structure replaces {path!r}, and a {type(model).__name__} has no such module") from None
+        try:
+            module = kinds[name].from_settings(settings, replaced)
+        except ValueError as error:
+            raise ValueError(f"the structure does not fit at {path!r}: {error}") from error
+        model.set_submodule(path, module)
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """The parameters that are the same as an earlier one, each with the name of that one."""
+    first_name: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first_name.setdefault(id(parameter), name)
+        if source != name:
+            ties[name] = source
+    return ties

@@ -1,0 +1,224 @@
+"""Distil: a student learns a teacher's labels and rationales, and becomes an ordinary checkpoint.
+
+The rows with split "train" are learned from; those with split "validation" choose the weights. What the student reads, how it is told the task and how long its
+answers get is written into config.json under `llmdistill` (losses/prompts.py), so that evaluation and the server ask it what it was taught.
+
+While it builds, `training/` holds the student as it was before its first step (so that a resumed run has the same tokenizer) and the state of the training; it is
+removed when the checkpoint is written. metrics.jsonl has the loss curves.
+"""
+
+import enum
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
+from llmdistill.core.manifest import describe
+from llmdistill.core.run import Run
+from llmdistill.core.stage import JsonScalar, Launcher, Stage
+from llmdistill.losses.multitask import LABEL, LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.models.student import ScratchT5, Student
+from llmdistill.stages.answering import PREDICT, Answering
+from llmdistill.stages.distil_card import Learned, model_card, task_section
+from llmdistill.tasks.task import Task
+from llmdistill.train_settings import Best, TrainSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmdistill.batches import Example
+    from llmdistill.train import Trained
+
+log = logging.getLogger(__name__)
+
+
+class Labels(enum.Enum):
+    """Whose labels the student learns."""
+
+    TEACHER = "the teacher's"
+    GOLD = "the known ones; rows without one are left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """All weights are trained."""
+
+    kind: ClassVar[str] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank updates are trained beside frozen weights, and merged into them at the end (peft)."""
+
+    kind: ClassVar[str] = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    modules: tuple[str, ...] = ()
+    """Names of the linears to update; empty updates all but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA has rank {self.rank}, alpha {self.alpha} and dropout {self.dropout}; give 1 or more, more than 0, and 0 up to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(Stage[Checkpoint]):
+    """A student trained on a teacher's answers. The ablations differ in `loss` alone and share everything upstream."""
+
+    artifact = Checkpoint
+    launcher = Launcher.ACCELERATE
+
+    task: Task
+    rationales: Stage[Rationales]
+    student: Student | Stage[Checkpoint] = ScratchT5()
+    """A new or pretrained student, or an earlier stage's checkpoint."""
+    loss: Multitask | LabelOnly | RationaleOnly = Multitask()
+    labels: Labels = Labels.TEACHER
+    min_confidence: float = 0.0
+    """Rows on which fewer of the teacher's samples agreed are left out."""
+    tuning: Full | LoRA = Full()
+    settings: TrainSettings = TrainSettings()
+    max_input_tokens: int = 512
+    max_target_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"Distil.min_confidence is {self.min_confidence}; give 0 to 1")
+        if self.max_input_tokens < 2 or self.max_target_tokens < 2:
+            raise ValueError(f"Distil.max_input_tokens is {self.max_input_tokens} and max_target_tokens {self.max_target_tokens}; give 2 or more")
+        needs_label = self.settings.best in (Best.LABEL_LOSS, Best.ACCURACY)
+        if needs_label and LABEL not in self.loss.parts:
+            raise ValueError(f"settings.best is {self.settings.best.name}, and the loss {self.loss.kind} learns no labels; use LOSS or LAST")
+
+    def build(self, run: Run) -> Mapping[str, JsonScalar]:
+        from accelerate import PartialState
+
+        from llmdistill.train import Lessons, train
+
+        lessons, counts = self._lessons(run.artifact(self.rationales).rows())
+        folder = run.folder / "training"
+        process = PartialState()
+        with process.main_process_first():
+            if process.is_main_process:
+                self._prepare(run, folder / "initial", lessons["train"])
+        model, tokenizer, tuned = self._load(folder / "initial")
+        examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
+        train_lessons = Lessons(train=examples["train"], validation=examples["validation"], score=self._score(lessons["validation"], tokenizer))
+        trained = train(tuned, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
+        figures = counts | {"num_train_examples": len(examples["train"]), "num_validation_examples": len(examples["validation"])} | dict(trained.figures)
+        figures["trained_parameters"] = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+        if process.is_main_process:
+            figures["parameters"] = self._write(run, folder, trained, examples["train"], figures)
+            shutil.rmtree(folder)
+        process.wait_for_everyone()
+        return figures
+
+    @property
+    def _limits(self) -> dict[str, int]:
+        return {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
+
+    def _lessons(self, rows: Sequence[RationaleRow]) -> tuple[dict[str, list[Lesson]], dict[str, int]]:
+        """What each split teaches, and how many rows were left out."""
+        lessons: dict[str, list[Lesson]] = {"train": [], "validation": []}
+        counts = {"num_rows_without_gold": 0, "num_rows_below_min_confidence": 0}
+        for row in rows:
+            label = row.label if self.labels is Labels.TEACHER else row.gold
+            if row.split not in lessons:
+                continue
+            if row.confidence < self.min_confidence:
+                counts["num_rows_below_min_confidence"] += 1
+            elif label is None:
+                counts["num_rows_without_gold"] += 1
+            else:
+                lessons[row.split].append(Lesson(input=row.input, label=label, rationale=row.rationale))
+        for split, need in (("train", True), ("validation", self.settings.best is not Best.LAST)):
+            if need and not lessons[split]:
+                raise ValueError(
+                    f"no row of split {split!r} is left to learn from, of {len(rows)} rows: {counts['num_rows_below_min_confidence']} are below min_confidence "
+                    f"{self.min_confidence}, {counts['num_rows_without_gold']} have no gold label; change the task's splits, min_confidence, labels or settings.best"
+                )
+        return lessons, counts
+
+    def _prepare(self, run: Run, folder: Path, lessons: Sequence[Lesson]) -> None:
+        """Write the student as it is before its first step, once."""
+        if folder.exists():
+            return
+        from llmdistill.models import checkpoint
+
+        writing = folder.with_name("initial.writing")
+        shutil.rmtree(writing, ignore_errors=True)
+        if isinstance(self.student, Stage):
+            shutil.copytree(run.artifact(self.student).folder, writing)
+        else:
+            texts = [text for lesson in lessons for text in ("predict: " + lesson.input, lesson.label, "explain: " + lesson.input, lesson.rationale)]
+            model, tokenizer = self.student.prepare(texts, self.seed)
+            checkpoint.save(model, tokenizer, writing, lineage=[{"technique": "initialise", "student": describe(self.student), "seed": self.seed}], card="")
+        writing.rename(folder)
+
+    def _load(self, folder: Path) -> tuple[Any, Any, "nn.Module"]:
+        """The student, its tokenizer, and the module whose trainable weights are the ones to train: the student itself, with LoRA's layers inside where wanted."""
+        import torch
+
+        from llmdistill.models import checkpoint
+
+        model, tokenizer = checkpoint.load(folder, dtype=torch.float32)
+        if isinstance(self.tuning, Full):
+            return model, tokenizer, model
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(self.seed)
+        config = LoraConfig(
+            r=self.tuning.rank,
+            lora_alpha=self.tuning.alpha,  # pyright: ignore[reportArgumentType] - a float is fine
+            lora_dropout=self.tuning.dropout,
+            target_modules=list(self.tuning.modules) or "all-linear",
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        )
+        wrapped: Any = get_peft_model(model, config)
+        return wrapped, tokenizer, wrapped.get_base_model()
+
+    def _score(self, lessons: Sequence[Lesson], tokenizer: Any) -> Any:
+        """Accuracy on the validation rows, against labels of the kind that is learned, decoded by the engine that serves."""
+        if not lessons or LABEL not in self.loss.parts:
+            return None
+        longest = max(len(tokens) for tokens in tokenizer([lesson.label for lesson in lessons], add_special_tokens=False)["input_ids"])
+
+        def score(model: Any) -> dict[str, float]:
+            student = Answering(model=model, tokenizer=tokenizer, prompts=self.loss.prompts(model.config), max_batch_rows=64)
+            answers = student.answers(PREDICT, [lesson.input for lesson in lessons], max_new_tokens=longest + 1)
+            parsed = [self.task.answer.parse(answer) for answer in answers]
+            num_right = sum(label is not None and self.task.answer.same(label, lesson.label) for label, lesson in zip(parsed, lessons, strict=True))
+            return {"validation_accuracy": num_right / len(lessons)}
+
+        return score
+
+    def _write(self, run: Run, folder: Path, trained: "Trained", examples: "Sequence[Example]", figures: Mapping[str, JsonScalar]) -> int:
+        """Write the checkpoint; returns its number of parameters."""
+        from llmdistill.models import checkpoint
+        from llmdistill.train_state import read_weights
+
+        model, tokenizer, tuned = self._load(folder / "initial")
+        read_weights(tuned, trained.weights)
+        if isinstance(self.tuning, LoRA):
+            model = model.merge_and_unload()
+        section = task_section(self.task, self.loss, model.config, examples)
+        model.config.llmdistill = section
+        model.generation_config.max_new_tokens = max(section["max_new_tokens"].values())
+        model.generation_config.max_length = None
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        teacher = run.artifact(self.rationales).summary()
+        base = Checkpoint(folder / "initial")
+        learned = Learned(
+            technique="distil",
+            settings=describe(self),
+            teacher={name: teacher.get(name) for name in ("model", "revision", "accuracy")},
+            measured=dict(figures) | {"parameters": num_parameters},
+        )
+        lineage = [*base.lineage(), learned.lineage_entry()]
+        checkpoint.save(model.eval(), tokenizer, run.folder, lineage=lineage, card=model_card(self.name, self.task, section, lineage))
+        return num_parameters
