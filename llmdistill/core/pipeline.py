@@ -7,21 +7,15 @@
     if __name__ == "__main__":
         main(pipeline)
 
-`python pipelines/x.py ...` and `llmdistill run pipelines/x.py ...` are the same. What a run leaves for people to find:
-
-    runs/<pipeline>/latest/<stage>    a link to the stage's folder in runs/store
-    runs/<pipeline>/options.yaml      every option of the last run, to read and to run again with --config; a copy lies beside the report
-    runs/<pipeline>/graph.json        its stages, for `llmdistill status`
+`python pipelines/x.py ...` and `llmdistill run pipelines/x.py ...` are the same.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,16 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llmdistill
 from llmdistill.core import options
-from llmdistill.core.artifacts import Artifact, Checkpoint, Report
+from llmdistill.core.artifacts import Artifact
 from llmdistill.core.graph import Graph, to_build
+from llmdistill.core.latest import Latest
 from llmdistill.core.launch import STOPPED_CODE, Processes, StageFailed, work
 from llmdistill.core.lock import BuilderGone
 from llmdistill.core.options import Pipeline, UsageError
-from llmdistill.core.processes import rank
+from llmdistill.core.processes import is_launched, rank
 from llmdistill.core.run import RUN_BEGAN, NotBuilt, Run, Stopped
-from llmdistill.core.stage import Stage, upstream
+from llmdistill.core.stage import Stage
 from llmdistill.core.store import State, Store
 
 log = logging.getLogger(__name__)
@@ -82,7 +76,7 @@ def find(file_or_name: str) -> Path:
         if not path.is_file():
             raise UsageError(f"there is no pipeline file {path}")
         return path
-    package = Path(llmdistill.__file__).parent
+    package = Path(__file__).parent.parent
     folders = [Path("pipelines"), package / "shipped" / "pipelines", package.parent / "pipelines"]
     for folder in folders:
         if (folder / f"{file_or_name}.py").is_file():
@@ -118,17 +112,20 @@ def run(words: Sequence[str]) -> None:
     pipeline = load(path)
     words = options.with_config(pipeline, words[1:])
     how, chosen = options.read(pipeline, words, f"llmdistill run {path}")
-    last = pipeline(**chosen)
-    try:
-        graph = Graph.above(last)
-    except (ValueError, RuntimeError) as error:  # a file that is not there, a recording that cannot be read, a name given twice
-        raise UsageError(str(error)) from error
+    if how.accelerate_args and is_launched() and not key:
+        raise UsageError(f"--accelerate-args {how.accelerate_args!r}: the processes are launched already; give these flags to the launcher")
     store = Store(runs_folder() / "store")
-    target = _target(graph, how.until)
+    try:
+        graph = Graph.above(pipeline(**chosen))
+        target = _target(graph, how.until)
+        if how.dry_run:
+            if rank() == 0:
+                print(dry_run(graph, target, store))
+            return
+    except (ValueError, RuntimeError) as error:  # a setting out of range, a file or package that is not there, a recording that cannot be read
+        raise UsageError(str(error)) from error
     if key:
         work(graph.with_key(key), store)
-    elif how.dry_run:
-        print(dry_run(graph, target, store))
     else:
         processes = Processes(store, ["run", str(path), *words], how.accelerate_args)
         build(graph, target, processes, runs_folder() / path.stem, options.resolved(pipeline, chosen))
@@ -141,11 +138,9 @@ def build(graph: Graph, target: Stage[Artifact], processes: Processes, folder: P
     os.environ[RUN_BEGAN] = str(time.time())
     store = processes.store
     options_yaml = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    latest = Latest(folder, graph, store)
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "options.yaml", options_yaml)
-        _replace(folder / "graph.json", json.dumps(_describe(graph), indent=2))
-        _link(graph, store, folder / "latest")
+        latest.begin(options_yaml)
     missing = to_build(target, store)
     for number, stage in enumerate(missing, start=1):
         log.info("[%d/%d] %s (%s)%s", number, len(missing), stage.name, stage.key, " goes on" if store.partial(stage).is_dir() else "")
@@ -153,9 +148,9 @@ def build(graph: Graph, target: Stage[Artifact], processes: Processes, folder: P
         processes.build(stage, {"options.yaml": options_yaml} if stage.key == graph.last.key else {})
         log.info("[%d/%d] %s done in %.1f s", number, len(missing), stage.name, time.monotonic() - start)
         if rank() == 0:
-            _link(graph, store, folder / "latest")
+            latest.link()
     if rank() == 0:
-        print(_where(graph, target, store, folder / "latest"))
+        print(latest.where(target))
 
 
 def dry_run(graph: Graph, target: Stage[Artifact], store: Store) -> str:
@@ -187,48 +182,6 @@ def _target(graph: Graph, until: str) -> Stage[Artifact]:
 
 def _figure(value: object) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _describe(graph: Graph) -> list[dict[str, Any]]:
-    return [{"name": stage.name, "key": stage.key, "upstream": [above.key for above in upstream(stage)]} for stage in graph.stages]
-
-
-def _link(graph: Graph, store: Store, folder: Path) -> None:
-    """Make the folder link the finished stages of this graph, and nothing else."""
-    folder.mkdir(exist_ok=True)
-    finished = {stage.name: os.path.relpath(store.folder(stage), folder) for stage in graph.stages if store.is_complete(stage)}
-    for link in folder.iterdir():
-        if link.name not in finished:
-            link.unlink(missing_ok=True)
-    for name, destination in finished.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.symlink_to(destination)
-        temporary.rename(folder / name)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
-
-
-def _where(graph: Graph, target: Stage[Artifact], store: Store, folder: Path) -> str:
-    """Where to look, and what to do next."""
-    lines = [f"{target.name}: {folder / target.name}"]
-    for stage in graph.stages:
-        if store.is_complete(stage) and issubclass(stage.artifact, Checkpoint):
-            lines.append(f"to serve {stage.name}: {_program()} serve {folder / stage.name}")
-        if store.is_complete(stage) and issubclass(stage.artifact, Report):
-            lines.append(f"the report: {(folder / stage.name / 'report.html').resolve()}")
-    return "\n".join(lines)
-
-
-def _program() -> str:
-    """How to call llmdistill from here."""
-    if shutil.which("llmdistill"):
-        return "llmdistill"
-    python = Path(sys.executable)
-    return f"{python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python} -m llmdistill"
 
 
 def _end(message: str, code: int) -> None:

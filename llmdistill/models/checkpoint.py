@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from logging import LogRecord
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ def load(
 def load_model(config: PreTrainedConfig, name_or_path: str, *, dtype: torch.dtype | Literal["auto"], **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model that transformers finds there, encoder-decoder or causal by its config, and transformers' report on its tensors. Pickles are refused."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _no_progress_bars():
+    with _no_progress_bars(), _no_tie_warning():
         loaded: Any = auto_class.from_pretrained(name_or_path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where)
     model, info = loaded
     protect_head(model)
@@ -88,6 +89,21 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_tie_warning() -> Iterator[None]:
+    """transformers sets `tie_word_embeddings` on every T5 it reads, and then warns where the file says otherwise; `protect_head` has seen to that (t5.py)."""
+    logger = logging.get_logger("transformers.modeling_utils")
+
+    def keep(record: LogRecord) -> bool:
+        return "specifies to tie shared.weight to lm_head.weight" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _built_again(model: PreTrainedModel) -> PreTrainedModel:
