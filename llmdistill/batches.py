@@ -1,17 +1,18 @@
 """From rows of tokens to batches of tensors: who is in which step, how a step is split up, and how little of it is padding.
 
-A row of the data is an `Example`: one or more `Pair`s of an input and a target, each for one part of the loss (label, rationale). Which examples belong to step n
-is a function of (seed, n) and of nothing else: a resumed run needs no more than a step's number, and processes agree without talking. Batches are cut from rows
-sorted by length within a window of `bucket_steps` steps, and then shuffled again: almost no padding, and still random.
+A row of the data is an `Example`: one or more `Pair`s of an input and a target, each for one part of the loss (label, rationale). Which examples belong to
+step n is a function of (seed, n) and of nothing else: a resumed run needs no more than a step's number, and processes agree without talking. Batches are
+cut from rows sorted by length within a window of `bucket_steps` steps, and then shuffled again: almost no padding, and still random.
 
 A step is split into micro-batches, the same number for each process. Losses are sums, divided by the counts of the whole step (train.py), so the split changes
 speed only. A process that is left without rows computes an idle micro-batch of weight 0, since collective operations need everyone.
 
-For an encoder-decoder the pairs are decoded part by part, because labels are short and rationales long. Pairs of an example that hold the same input array share
-one row of the encoder: the shared-encoder form is nothing more than that. A causal model reads input and target as one sequence. Rows are padded on the right,
-so causal attention needs no mask.
+For an encoder-decoder the pairs are decoded part by part, because labels are short and rationales long. Pairs of an example that hold the same input array
+share one row of the encoder: the shared-encoder form is nothing more than that. A causal model reads input and target as one sequence. Rows are padded on
+the right, so causal attention needs no mask.
 
-Shapes: E rows of the encoder or of a causal model, L their tokens, G pairs of one part, T their target tokens, N target tokens without padding, all parts together.
+Shapes: E rows of the encoder or of a causal model, L their tokens, G pairs of one part, T their target tokens, N target tokens without padding, all parts
+together.
 """
 
 from bisect import bisect_right

@@ -3,6 +3,7 @@
 What a command needs is imported when it runs, so that help comes at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,12 @@ def main(words: Sequence[str] | None = None) -> None:
     elif words[0] not in commands:
         _end(f"there is no command {words[0]!r}; use one of {', '.join(commands)}")
     else:
-        commands[words[0]](words[1:])
+        try:
+            commands[words[0]](words[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read our output has enough of it, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
 def _run(words: list[str]) -> None:
@@ -123,18 +129,19 @@ def _import(words: list[str]) -> None:
 
         Args:
             path: A .jsonl or .parquet file or a dataset's folder, with columns input, label and rationale; or the folder of published completions.
-            task: The task that they belong to.
+            task: The task that they belong to; rows that do not say their id or split are found among its rows by their text.
             published: The folder holds train_CoT_0.json and so on, as published with Distilling step-by-step, in the order of the task's rows.
-            model: Who wrote them.
+            model: Who wrote them; pipelines/svamp.py says "PaLM 540B".
         """
         import json
 
         from llmdistill.core.pipeline import runs_folder
         from llmdistill.core.store import Store
-        from llmdistill.stages.import_rationales import ImportRationales, PublishedRationales
+        from llmdistill.stages.import_rationales import ImportRationales
+        from llmdistill.stages.published_rationales import PublishedRationales
 
         found = task.task()
-        stage = PublishedRationales(task=found, folder=path, model=model) if published else ImportRationales(path=path, answer=found.answer, model=model)
+        stage = PublishedRationales(task=found, folder=path, model=model) if published else ImportRationales(path=path, task=found, model=model)
         rationales = Store(runs_folder() / "store").build(stage)
         print(f"{json.dumps(rationales.summary(), indent=2)}\n\n{rationales.folder}")
 

@@ -4,14 +4,14 @@ One step takes the step's examples (batches.py), splits them into micro-batches,
 
     sum over parts p of   weight_p * sum_p / count_p
 
-where sum_p is the micro-batch's summed loss and count_p counts the *whole step*, over micro-batches and processes. So the gradient is the same however the step is
-split. Data-parallel training averages gradients over processes, and each process multiplies by their number.
+where sum_p is the micro-batch's summed loss and count_p counts the *whole step*, over micro-batches and processes. So the gradient is the same however the
+step is split. Data-parallel training averages gradients over processes, and each process multiplies by their number.
 
-Model and loss are wrapped together as one module (`Objective`), because DDP, FSDP and DeepSpeed see only what passes through `forward`; inside it a loss may call the
-parts of the model as it likes.
+Model and loss are wrapped together as one module (`Objective`), because DDP, FSDP and DeepSpeed see only what passes through `forward`; inside it a loss
+may call the parts of the model as it likes.
 
-A killed run goes on from its last saved state (train_state.py) to bitwise the same weights on a CPU: batches and random numbers are functions of the seed and the
-step, never of what was done before. On SIGTERM or SIGINT it finishes its step, saves its state and leaves.
+A killed run goes on from its last saved state (train_state.py) to bitwise the same weights on a CPU: batches and random numbers are functions of the seed
+and the step, never of what was done before. On SIGTERM or SIGINT it finishes its step, saves its state and leaves.
 
 Shapes: P parts of the loss.
 """
@@ -223,7 +223,7 @@ class _Loop:
     def _means(self, name: str, sums_P: Tensor, counts_P: Tensor) -> dict[str, float]:
         """The loss, and each part's mean, in nats a token."""
         means = (sums_P / counts_P.clamp(min=1)).tolist()
-        total = sum(weight * mean for weight, mean in zip(self.loss.weights, means, strict=True))
+        total = sum((weight * mean for weight, mean in zip(self.loss.weights, means, strict=True)), start=0.0)
         if not math.isfinite(total):
             raise ValueError(f"{name} is {total} at step {self.position.step}; lower learning_rate or max_gradient_norm, or use more warmup")
         return {name: total} | {f"{name}_{part}": mean for part, mean in zip(self.loss.parts, means, strict=True)}

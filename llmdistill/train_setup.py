@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import nn
 from transformers import get_scheduler
 
@@ -19,17 +19,22 @@ from llmdistill.train_settings import Adafactor, BatchUnit, Precision, TrainSett
 log = logging.getLogger(__name__)
 
 
+def this_process() -> PartialState:
+    """Which process of how many this is. accelerate's Accelerator reads ACCELERATE_USE_CPU, but its PartialState, if it comes first, must be told."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def make_accelerator(settings: TrainSettings, folder: Path) -> Accelerator:
     """Devices, processes, sharding and mixed precision as the user's accelerate says; precision as the settings say where the user's does not."""
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted == "no" and computes_in_bfloat16(settings.precision, PartialState().device or torch.device("cpu")):
+    if wanted == "no" and computes_in_bfloat16(settings.precision, this_process().device or torch.device("cpu")):
         wanted = "bf16"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:  # an earlier stage of this process computed in another
         AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=wanted,
         log_with=[tracker.value for tracker in settings.trackers] or None,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder.parent / "trackers")),  # outlives the training's folder
     )
     plugin: Any = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:

@@ -3,8 +3,9 @@
     state-00000400/            accelerate's state (model, optimizer, random numbers), the schedule and the position, whole since it was renamed into place
     weights-00000300.safetensors   the best weights so far, named by the state that refers to them
 
-A state is written to `state.writing`, renamed, and only then are older ones and weights that it does not refer to deleted. Weights of a later step than the state's
-stay behind when a run is killed; the resumed run comes to that step again and writes the same. Batches need no state: they are functions of the seed and the step.
+A state is written to `state.writing`, renamed, and only then are older ones and weights that it does not refer to deleted. Weights of a later step than the
+state's stay behind when a run is killed; the resumed run comes to that step again and writes the same. Batches need no state: they are functions of the
+seed and the step.
 """
 
 from __future__ import annotations

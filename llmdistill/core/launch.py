@@ -11,9 +11,11 @@ rank 0 is the parent of all others, and the other ranks wait for it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmdistill.core.artifacts import Artifact
-from llmdistill.core.lock import POLL_S, BuilderGone, WorkerLease, token_of
+from llmdistill.core.lock import POLL_S, BuilderGone, WorkerLease, has_workers, token_of
 from llmdistill.core.processes import environment_without_launcher, is_launched, launch_id, num_processes, rank
 from llmdistill.core.run import Stopped
 from llmdistill.core.stage import Launcher, Stage
@@ -52,7 +54,7 @@ class Processes:
     def build(self, stage: Stage[Artifact], beside: Mapping[str, str]) -> None:
         """Build one stage whose upstream is complete; returns when it is published, with the texts beside it."""
         if is_launched() and stage.launcher is Launcher.ACCELERATE:
-            _use_cpu_where_there_is_nothing_else()
+            _prepare_to_train()
             if rank() == 0:
                 self.store.publish(stage, lambda token: self.store.work(stage), beside)
             else:
@@ -63,12 +65,16 @@ class Processes:
             self._wait(stage)
 
     def _start(self, stage: Stage[Artifact], token: str) -> None:
-        command = [*_launcher(stage, self.accelerate_args), "-m", "llmdistill", *self.command, "--build-key", stage.key]
-        process = subprocess.Popen(command, env=environment_without_launcher() | {_TOKEN: token})
+        launcher = _launcher(stage, self.accelerate_args)
+        command = [*launcher, "-m", "llmdistill", *self.command, "--build-key", stage.key]
+        # A launcher has a process group of its own, since accelerate's hands no signal on. Plain python stays in ours, so that a debugger has the terminal.
+        group = 0 if len(launcher) > 1 else None
+        process = subprocess.Popen(command, env=environment_without_launcher() | {_TOKEN: token}, process_group=group)
         try:
             code = process.wait()
         finally:
-            _end(process)
+            if process.poll() is None:
+                _end(process, self.store.lock_path(stage))
         if code == STOPPED_CODE:
             raise Stopped(f"{stage.name} stopped early, as asked; all it has done is kept, and the same command goes on from there")
         if code != 0:
@@ -99,7 +105,8 @@ def work(stage: Stage[Artifact], store: Store) -> None:
     """Build in this process, which a parent has started for it."""
     if _TOKEN not in os.environ:
         raise ValueError(f"--build-key is for the processes that `llmdistill run` starts; to build {stage.name} use --until {stage.name}")
-    _use_cpu_where_there_is_nothing_else()
+    if is_launched():
+        _prepare_to_train()
     lease = WorkerLease(store.lock_path(stage), os.environ.pop(_TOKEN))
     store.work(stage)
     lease.release()
@@ -122,21 +129,40 @@ def _accelerate_config() -> Path:
     return Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser() / "accelerate" / "default_config.yaml"
 
 
-def _use_cpu_where_there_is_nothing_else() -> None:
-    """Without this, several processes on a machine without accelerators each believe to be the only one, and all train the same."""
+@functools.cache
+def _prepare_to_train() -> None:
+    """Correct what accelerate leaves open on a machine without accelerators.
+
+    Several processes each believe to be the only one there, and all train the same, until they are told to use the CPU. And `accelerate launch --cpu` starts
+    several processes only through mpirun; otherwise it starts one, and says nothing.
+    """
     if num_processes() > 1:
         import torch
 
         if not torch.accelerator.is_available():
             os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+        log.warning(
+            "accelerate was asked for several processes on the CPU and has started one, which does all the work; "
+            "to have several, pass --multi_gpu in place of --cpu (it needs no GPU), or launch with torchrun"
+        )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The parent is leaving: so must its child. On Ctrl-C the child has had the signal too."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _end(process: subprocess.Popen[bytes], lock_path: Path) -> None:
+    """The parent is leaving: so must what it started, with time to save. On Ctrl-C plain python has had the signal too; a second one ends the waiting."""
+    has_group = os.getpgid(process.pid) == process.pid
+    tell = functools.partial(os.killpg if has_group else os.kill, process.pid)
+
+    def is_left() -> bool:
+        return process.poll() is None or has_workers(lock_path)
+
+    deadline = time.monotonic() + _END_S
+    try:
+        tell(signal.SIGTERM)
+        while is_left() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    finally:
+        if is_left():
+            with contextlib.suppress(ProcessLookupError):
+                tell(signal.SIGKILL)
+        process.wait()

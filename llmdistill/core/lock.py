@@ -113,6 +113,12 @@ class WorkerLease:
                 os._exit(70)  # as kill -9 would: what is written stays, and the next run goes on from it
 
 
+def has_workers(path: Path) -> bool:
+    """Whether a process still writes to the folder; asked by its builder, once workers are admitted."""
+    with _workers(path).open("ab") as file:
+        return not _try_lock(file, fcntl.LOCK_EX)
+
+
 def token_of(path: Path) -> str:
     """What the living builder that holds the lock has written into it; empty where there is none."""
     try:

@@ -91,14 +91,19 @@ def _words_of(path: Path, pipeline: Pipeline) -> Iterator[str]:
 
     if not path.is_file():
         raise UsageError(f"--config {path}: there is no such file")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds a {type(values).__name__}; it must map option names to values")
-    known = {name.replace("_", "-") for name in inspect.signature(pipeline).parameters}
+    parameters = inspect.signature(pipeline).parameters
     for name, value in values.items():
-        if str(name).replace("_", "-") not in known:
-            raise UsageError(f"--config {path} sets {name!r}, which is no option of this pipeline; it has {', '.join(sorted(known))}")
-        yield from _words(str(name), value)
+        parameter = parameters.get(str(name).replace("-", "_"))
+        if parameter is None:
+            raise UsageError(f"--config {path} sets {name!r}, which is no option of this pipeline; it has {', '.join(sorted(parameters))}")
+        if value != _plain(parameter.default):  # a default needs no words, and may be one that none can say
+            yield from _words(str(name), value)
 
 
 def _words(name: str, value: Any) -> Iterator[str]:
@@ -110,9 +115,12 @@ def _words(name: str, value: Any) -> Iterator[str]:
         group, dot, last = flag[2:].rpartition(".")
         yield flag if value else f"--{group}{dot}no-{last}"
     elif isinstance(value, list):
-        yield from (flag, *map(str, value))
+        words = [str(item) for item in value]
+        if any(word.startswith("-") and isinstance(item, str) for word, item in zip(words, value, strict=True)):
+            raise UsageError(f"{name} is {value!r}; text that begins with - cannot be read from a list: set it in the pipeline's file")
+        yield from (flag, *words)
     else:
-        yield from (flag, str(value))
+        yield f"{flag}={value}"
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ def num_processes() -> int:
 
 def is_launched() -> bool:
     """Whether `accelerate launch` (or torchrun, or mpirun) started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ or num_processes() > 1
+    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", *_NUM_PROCESSES))
 
 
 def launch_id() -> str:

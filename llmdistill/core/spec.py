@@ -87,9 +87,12 @@ def _value(text: str, annotation: Any, where: str) -> Any:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         return _tuple(text, parts, where)
-    text = unquote(text)
     if _is_union(annotation):
         return _first_that_reads(text, parts, where)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):  # written by its first field, as a model source is
+        first, first_annotation = next(iter(_annotations(annotation).items()))
+        return typing.cast(Any, annotation)(**{first: _value(text, first_annotation, where)})
+    text = unquote(text)  # once: what is above reads its parts by coming here again
     if origin is Literal:
         by_text = {str(choice): choice for choice in parts}
         if text not in by_text:
@@ -108,10 +111,6 @@ def _value(text: str, annotation: Any, where: str) -> Any:
             raise ValueError(f"{where} is {text!r}; it needs {'a whole number' if annotation is int else 'a number'}") from None
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return _choice(text, dict(annotation.__members__), where)
-    if dataclasses.is_dataclass(annotation):  # written by its first field, as a model source is
-        cls = typing.cast(Any, annotation)
-        first, first_annotation = next(iter(_annotations(cls).items()))
-        return cls(**{first: _value(text, first_annotation, where)})
     raise ValueError(f"{where} is of type {annotation}, which cannot be written in a string; set it in the pipeline's file")
 
 

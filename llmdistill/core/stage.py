@@ -56,9 +56,10 @@ class Stage(Generic[A]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "name" not in cls.__dict__:  # the default of the inherited field, set before @dataclass reads the class
+        name = cls.__dict__.get("name", _snake_case(cls.__name__))
+        if isinstance(name, str):  # the default of the inherited field, set before @dataclass reads the class
             cls.__annotations__["name"] = str
-            cls.name = speed(_snake_case(cls.__name__))
+            cls.name = speed(name)
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         """Write the artefact into `run.folder`; return what was measured, with units in the names.

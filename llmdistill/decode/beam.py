@@ -1,8 +1,8 @@
 """Beam search with the semantics of transformers' GenerationMixin._beam_search (5.x), each prompt for itself.
 
-A prompt has `num_beams` running hypotheses and the best `num_beams` finished ones, scored by log-probability / length ** length_penalty. It ends when no running one can
-beat the worst finished one at its present length (early_stopping False), when all finished places are taken (early_stopping True), or at max_new_tokens. Where
-transformers computes all prompts of a batch to the last one's end, a prompt that has ended leaves the batch here.
+A prompt has `num_beams` running hypotheses and the best `num_beams` finished ones, scored by log-probability / length ** length_penalty. It ends when no
+running one can beat the worst finished one at its present length (early_stopping False), when all finished places are taken (early_stopping True), or at
+max_new_tokens. Where transformers computes all prompts of a batch to the last one's end, a prompt that has ended leaves the batch here.
 
 Shapes: R prompts, W beams, K candidates a prompt, T tokens, V vocabulary.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from llmdistill.decode.cache import places_after
-from llmdistill.decode.decoding import Decoding, Generated
+from llmdistill.decode.decoding import Decoding, FinishReason, Generated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,13 +82,18 @@ class Hypotheses:
         ended_R = is_full_R & (best_possible_R <= self.finished_scores_RW.amin(1)) | (self.limits_R1[:, 0] <= num_tokens)
         return sources_RW, ended_R | is_full_R if decoding.early_stopping else ended_R
 
-    def best(self, row: int) -> Generated:
-        """The finished hypothesis with the highest score."""
-        num_tokens = int(self.lengths_RW[row, 0])
-        tokens = self.finished_RWT[row, 0, :num_tokens].tolist()
-        logprob_sum = float(self.finished_scores_RW[row, 0]) * num_tokens**self.decoding.length_penalty
-        stopped = tokens[-1] in self.stops.tolist()
-        return Generated(tokens=tuple(tokens[:-1] if stopped else tokens), finish_reason="stop" if stopped else "length", logprob_sum=logprob_sum)
+    def finished(self, row: int) -> list[Generated]:
+        """The prompt's finished hypotheses, the highest score first; fewer than `num_beams` where the vocabulary has no more beginnings."""
+        generated, stops = [], set(self.stops.tolist())
+        columns = (self.finished_RWT[row], self.lengths_RW[row], self.finished_scores_RW[row], self.is_finished_RW[row])
+        for all_tokens, num_tokens, score, is_finished in zip(*(column.tolist() for column in columns), strict=True):
+            logprob_sum = score * num_tokens**self.decoding.length_penalty if is_finished else LOWEST_SCORE
+            if logprob_sum > LOWEST_SCORE / 2:
+                tokens = all_tokens[:num_tokens]
+                stopped = tokens[-1] in stops
+                finish_reason: FinishReason = "stop" if stopped else "length"
+                generated.append(Generated(tokens=tuple(tokens[:-1] if stopped else tokens), finish_reason=finish_reason, logprob_sum=logprob_sum))
+        return generated
 
     def keep(self, order: Sequence[int]) -> None:
         """Keeps the prompts `order`, in that order."""
@@ -100,12 +105,12 @@ class Hypotheses:
 
 def beam_search(
     batch: Batch, prompts: Sequence[Sequence[int]], decoding: Decoding, limits: Sequence[int], stops: frozenset[int], device: torch.device
-) -> list[Generated]:
-    """The best hypothesis of each prompt; `limits` are the most tokens that each may get, at least 1."""
+) -> list[list[Generated]]:
+    """The hypotheses of each prompt, the best first; `limits` are the most tokens that each may get, at least 1."""
     tokens = [token for token in batch.admit(prompts) for _ in range(decoding.num_beams)]
     hypotheses = Hypotheses(len(prompts), decoding, limits, stops, device)
     rows = list(range(len(prompts)))
-    generated: dict[int, Generated] = {}
+    generated: dict[int, list[Generated]] = {}
     while rows:
         sources_RW, ended_R = hypotheses.advance(batch.step(tokens))
         ended = ended_R.tolist()
@@ -113,7 +118,7 @@ def beam_search(
         if sources != list(range(len(sources))):
             batch.reorder_slots(sources, hypotheses.num_steps)
         if any(ended):
-            generated |= {row: hypotheses.best(place) for place, row in enumerate(rows) if ended[place]}
+            generated |= {row: hypotheses.finished(place) for place, row in enumerate(rows) if ended[place]}
             order = places_after([place for place, is_ended in enumerate(ended) if not is_ended])
             batch.rearrange(order)
             hypotheses.keep(order)

@@ -1,10 +1,10 @@
 """Keys and values of all rows, in storage that we own.
 
-Every layer has one tensor of 2 x slots x heads x columns x head width (keys first, then values), grown in blocks, never concatenated. Rows lie flush right: the next
-token of every row goes to the same column, whatever the rows' lengths, and a row that is shorter than the longest begins further right. That way one step writes one
-slice, T5's relative bias is one table for all rows, the rotary position is the column minus the row's first one, and no mask is needed while all rows began together
-(a mask hides the columns before a row's first one, otherwise). Rows occupy the first places; the last ones move into the gaps of those that leave. When the columns
-run out, the ones that no row uses any more are shifted away, or the storage grows.
+Every layer has one tensor of 2 x slots x heads x columns x head width (keys first, then values), grown in blocks, never concatenated. Rows lie flush right:
+the next token of every row goes to the same column, whatever the rows' lengths, and a row that is shorter than the longest begins further right. That way
+one step writes one slice, T5's relative bias is one table for all rows, the rotary position is the column minus the row's first one, and no mask is needed
+while all rows began together (a mask hides the columns before a row's first one, otherwise). Rows occupy the first places; the last ones move into the gaps
+of those that leave. When the columns run out, the ones that no row uses any more are shifted away, or the storage grows.
 
 A row has `width` slots: one, or one for each beam.
 

@@ -1,11 +1,11 @@
 """Llama and Qwen2 class models: prompts are prefilled up to their last token, then one token of every row a step.
 
-The arithmetic is that of transformers' LlamaForCausalLM and Qwen2ForCausalLM: grouped-query attention without copies of the keys (the queries of a group go together),
-rotary positions from the model's own module, tabulated once. The prompt's last token is the first step's input, so that rows that join need no step of their own; and
-the last layer of a prefill only has to leave its keys and values.
+The arithmetic is that of transformers' LlamaForCausalLM and Qwen2ForCausalLM: grouped-query attention without copies of the keys (the queries of a group go
+together), rotary positions from the model's own module, tabulated once. The prompt's last token is the first step's input, so that rows that join need no
+step of their own; and the last layer of a prefill only has to leave its keys and values.
 
-Shapes: R rows, W slots a row (beams), S = R*W slots, H key/value heads, G query heads a key/value head, D head width, M model width, P prefix columns, L columns in use,
-V vocabulary.
+Shapes: R rows, W slots a row (beams), S = R*W slots, H key/value heads, G query heads a key/value head, D head width, M model width, P prefix columns, L
+columns in use, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2Model
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, Window, prefill_chunks
@@ -32,21 +34,24 @@ if TYPE_CHECKING:
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-class FeedForward:
+def feed_forward(norm_module: nn.Module, mlp: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + down(act(gate(norm(hidden))) * up(norm(hidden)))."""
+    norm = modules.norm(norm_module)
+    if not modules.is_stock(mlp, LlamaMLP, Qwen2MLP):
+        return lambda hidden: hidden + mlp(norm(hidden))
+    return StockFeedForward(norm, mlp)
 
-    def __init__(self, norm: nn.Module, mlp: Any) -> None:
-        self.norm = modules.norm(norm)
-        self.is_gated = all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-        self.whole = mlp
-        if self.is_gated:
-            self.gate, self.up, self.activation = mlp.gate_proj, mlp.up_proj, modules.activation(mlp.act_fn)
-            self.add_output = modules.residual_linear(mlp.down_proj)
+
+class StockFeedForward:
+    """The arithmetic of LlamaMLP and its residual, with any linears."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], mlp: Any) -> None:
+        self.norm = norm
+        self.gate, self.up, self.activation = mlp.gate_proj, mlp.up_proj, modules.activation(mlp.act_fn, mlp.gate_proj)
+        self.add_output = modules.residual_linear(mlp.down_proj)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
-        if not self.is_gated:
-            return hidden + self.whole(normed)
         return self.add_output(hidden, self.activation(self.gate(normed)) * self.up(normed))
 
 
@@ -57,7 +62,7 @@ class Layer:
     norm: Callable[[Tensor], Tensor]
     qkv: Callable[[Tensor], Tensor]
     add_output: Callable[[Tensor, Tensor], Tensor]
-    feed_forward: FeedForward
+    feed_forward: Callable[[Tensor], Tensor]
     num_heads: int  # of keys and values
     num_groups: int  # query heads for each of them
     head_width: int
@@ -69,18 +74,18 @@ class CausalDecoder:
 
     def __init__(self, model: LlamaForCausalLM | Qwen2ForCausalLM) -> None:
         config: Any = model.config
-        inner: Any = model.model
+        inner = modules.opened(model.model, LlamaModel, Qwen2Model)
         if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
             raise ValueError(
                 f"the decode engine does not run sliding-window attention (layer_types: {sorted(set(config.layer_types))}); set use_sliding_window=False"
             )
         if inner.rotary_emb.rope_type not in FIXED_ROPE_TYPES:
             raise ValueError(f"the decode engine does not run rotary positions of type {inner.rotary_emb.rope_type!r}; it runs {', '.join(FIXED_ROPE_TYPES)}")
-        self.device = inner.embed_tokens.weight.device
-        self.dtype = inner.embed_tokens.weight.dtype
-        self.vocabulary_size = inner.embed_tokens.num_embeddings
+        self.device = model.device
+        self.vocabulary_size = config.vocab_size
         self.max_positions: int | None = config.max_position_embeddings
         self.embed = inner.embed_tokens
+        self.dtype = self.embed(torch.tensor([0], device=self.device)).dtype
         self.layers = [_layer(layer) for layer in inner.layers[: config.num_hidden_layers]]
         self.rotary = inner.rotary_emb
         self.norm = modules.norm(inner.norm)
@@ -96,7 +101,7 @@ class CausalDecoder:
         """Cosine and signed sine of the positions, all below `num_positions`: x -> x * cosine + (x with its halves swapped) * sine."""
         if self._cosine_sine is None or len(self._cosine_sine[0]) < num_positions:
             all_positions = torch.arange(-(-num_positions // COLUMN_BLOCK) * COLUMN_BLOCK, device=self.device)
-            cosine_1PD, sine_1PD = self.rotary(self.embed.weight[:1], all_positions[None])
+            cosine_1PD, sine_1PD = self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), all_positions[None])
             sine_PD = sine_1PD[0].clone()
             sine_PD[:, : sine_PD.shape[1] // 2].neg_()
             self._cosine_sine = cosine_1PD[0], sine_PD
@@ -199,12 +204,12 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _layer(layer: Any) -> Layer:
-    attention = layer.self_attn
+    attention = modules.opened(modules.opened(layer, LlamaDecoderLayer, Qwen2DecoderLayer).self_attn, LlamaAttention, Qwen2Attention)
     return Layer(
         norm=modules.norm(layer.input_layernorm),
         qkv=modules.joint_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
         add_output=modules.residual_linear(attention.o_proj),
-        feed_forward=FeedForward(layer.post_attention_layernorm, layer.mlp),
+        feed_forward=feed_forward(layer.post_attention_layernorm, layer.mlp),
         num_heads=attention.config.num_key_value_heads,
         num_groups=attention.num_key_value_groups,
         head_width=attention.head_dim,

@@ -20,9 +20,10 @@ class StopTokens(enum.Enum):
 class Decoding:
     """How the tokens of one row are chosen.
 
-    Temperature 0 takes the likeliest token. Above 0 the logits are divided by it, cut to the `top_k` likeliest (0: no cut) and to the smallest set that holds `top_p`
-    of the probability, in this order, and one token is drawn; the draws of a row depend on `seed` and on its prompt and on nothing else, so ask for several answers to
-    one prompt with several seeds. `num_beams` above 1 is transformers' beam search; `length_penalty` and `early_stopping` are its parameters of these names.
+    Temperature 0 takes the likeliest token. Above 0 the logits are divided by it, cut to the `top_k` likeliest (0: no cut) and to the smallest set that
+    holds `top_p` of the probability, in this order, and one token is drawn; the draws of a row depend on `seed` and on its prompt and on nothing else, so
+    ask for several answers to one prompt with several seeds. `num_beams` above 1 is transformers' beam search; `length_penalty` and `early_stopping` are
+    its parameters of these names.
     """
 
     max_new_tokens: int = 64
@@ -56,8 +57,8 @@ class Decoding:
 class Generated:
     """One finished row.
 
-    `tokens` are the model's own, without the prompt, the decoder's start token and the stop token. `logprob_sum` adds up the model's log-probabilities (of its whole
-    distribution at temperature 1) of the tokens and of the stop token if there was one.
+    `tokens` are the model's own, without the prompt, the decoder's start token and the stop token. `logprob_sum` adds up the model's log-probabilities (of
+    its whole distribution at temperature 1) of the tokens and of the stop token if there was one.
     """
 
     tokens: tuple[int, ...]

@@ -1,9 +1,9 @@
 """The decode engine: `generate` for many prompts at once, `add`, `step` and `drop` for rows that come and go.
 
-Rows decode together and independently: a row joins between two steps, leaves when it is finished, and the others move together. Its tokens are a function of the model,
-its prompt and its Decoding; its neighbours only change which rounding errors a matrix product makes, so they can flip a choice between two tokens that are equal to
-within rounding, and no other. Logits are cast to float32 before a choice, as in transformers' generate, whose tokens these are; of the model's generation config only
-the start and stop tokens are used (no repetition penalty and the like).
+Rows decode together and independently: a row joins between two steps, leaves when it is finished, and the others move together. Its tokens are a function
+of the model, its prompt and its Decoding; its neighbours only change which rounding errors a matrix product makes, so they can flip a choice between two
+tokens that are equal to within rounding, and no other. Logits are cast to float32 before a choice, as in transformers' generate, whose tokens these are; of
+the model's generation config only the start and stop tokens are used (no repetition penalty and the like).
 
 The weights are read when the engine is made: make a new engine after they change.
 """
@@ -102,8 +102,19 @@ class Engine:
         generated |= self._generate_rows({index: (prompts[index], decodings[index]) for index in order if decodings[index].num_beams == 1})
         for one in dict.fromkeys(decodings):
             if one.num_beams > 1:
-                generated |= self._generate_beams({index: prompts[index] for index in order if decodings[index] == one}, one)
+                asked = {index: prompts[index] for index in order if decodings[index] == one}
+                generated |= {index: hypotheses[0] for index, hypotheses in self._search(asked, one).items()}
         return [generated[index] for index in range(len(prompts))]
+
+    def beams(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[Generated]]:
+        """Beam search's hypotheses of each prompt, the best first (`generate` gives that one): `num_beams`, or all there are in a tiny vocabulary."""
+        if decoding.num_beams == 1 or decoding.max_new_tokens == 0:
+            raise ValueError(f"num_beams is {decoding.num_beams} and max_new_tokens {decoding.max_new_tokens}; give 2 beams or more, and 1 token or more")
+        for prompt in prompts:
+            self._check(prompt, decoding)
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        found = self._search({index: prompts[index] for index in order}, decoding)
+        return [found[index] for index in range(len(prompts))]
 
     def add(self, prompt: Sequence[int], decoding: Decoding) -> int:
         """Takes up a row, which joins the others at the next step; its id."""
@@ -157,12 +168,12 @@ class Engine:
             raise
         return generated
 
-    def _generate_beams(self, prompts: dict[int, Sequence[int]], decoding: Decoding) -> dict[int, Generated]:
+    def _search(self, prompts: dict[int, Sequence[int]], decoding: Decoding) -> dict[int, list[Generated]]:
         stops = self._stops(decoding)
         num_candidates = max(2, 1 + len(stops)) * decoding.num_beams
         if num_candidates > self._decoder.vocabulary_size * decoding.num_beams:
             raise ValueError(f"{len(stops)} stop tokens are too many for a vocabulary of {self._decoder.vocabulary_size}; give fewer stop_token_ids")
-        generated: dict[int, Generated] = {}
+        found: dict[int, list[Generated]] = {}
         num_prompts = max(1, self.max_batch_rows // decoding.num_beams)
         indexes = list(prompts)
         with torch.inference_mode():
@@ -171,8 +182,8 @@ class Engine:
                 batch = self._decoder.new_batch(decoding.num_beams)
                 limits = [self._num_new_tokens(prompts[index], decoding) for index in chunk]
                 results = beam_search(batch, [prompts[index] for index in chunk], decoding, limits, stops, self._decoder.device)
-                generated |= dict(zip(chunk, results, strict=True))
-        return generated
+                found |= dict(zip(chunk, results, strict=True))
+        return found
 
     def _enqueue(self, prompt: Sequence[int], decoding: Decoding) -> Row:
         row = Row(

@@ -1,8 +1,11 @@
 """Calls of a layer's submodules, made cheaper where the submodule is a stock one.
 
-A submodule is called as a module whatever it is, so a low-rank or int8 replacement works. Where it is exactly the stock class without hooks, the same arithmetic runs in
-fewer operations: a residual is added by the matrix product itself, q, k and v are one product, a norm is one call, the output head is stored transposed.
-The copies made for that are taken when the engine is made, and differ from the module's own result by rounding only.
+A submodule is called as a module whatever it is, so a low-rank or int8 replacement works. Where it is exactly the stock class without hooks, the same
+arithmetic runs in fewer operations: a residual is added by the matrix product itself, q, k and v are one product, a norm is one call, the output head is
+stored transposed. The copies made for that are taken when the engine is made, and differ from the module's own result by rounding only.
+
+The modules that hold a layer's submodules (stacks, blocks, attention) are not called, since the keys and values are ours: what is inside them may be
+anything, they themselves must do what the stock ones do, and hooks on them do not run (transformers leaves idle ones there).
 """
 
 from __future__ import annotations
@@ -34,6 +37,17 @@ def is_stock(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return is_stock(module, nn.Linear)
+
+
+def opened(module: Any, *classes: type[nn.Module]) -> Any:
+    """The module, whose submodules the engine runs in place of its forward, which must be that of one of these classes."""
+    if "forward" in vars(module) or not any(isinstance(module, one) and type(module).forward is one.forward for one in classes):
+        names = " or ".join(one.__name__ for one in classes)
+        raise ValueError(
+            f"the decode engine runs what is inside a {names} itself, and this {type(module).__name__} has a forward of its own; "
+            "replace modules inside it instead: linears, norms, the feed-forward, the embedding, the head"
+        )
+    return module
 
 
 def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -71,7 +85,7 @@ def residual_linear(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _add_product(module: nn.Linear, hidden: Tensor, x: Tensor) -> Tensor:
-    if hidden.dtype != module.weight.dtype or x.dtype != hidden.dtype:
+    if hidden.dtype != module.weight.dtype or x.dtype != hidden.dtype or not hidden.is_contiguous():
         return hidden + module(x)
     hidden.flatten(0, -2).addmm_(x.flatten(0, -2), module.weight.t())
     return hidden
@@ -90,7 +104,8 @@ def head(module: nn.Module) -> Callable[[Tensor], Tensor]:
 class PackedHead:
     """The product with the output head on a CPU, in float32, from a copy that suits the number of rows; a copy is made when it is first needed.
 
-    Milliseconds for 32128 x 512 on one thread with 1, 4, 8, 32 rows: as it is 5.9, 14.7, 15.4, 26.2; transposed 3.0, 9.5, 11.7, 24.2; packed by oneDNN 4.5, 6.7, 7.9, 16.8.
+    Milliseconds for 32128 x 512 on one thread with 1, 4, 8, 32 rows: as it is 5.9, 14.7, 15.4, 26.2; transposed 3.0, 9.5, 11.7, 24.2; packed by oneDNN 4.5,
+    6.7, 7.9, 16.8.
     """
 
     def __init__(self, weight_VM: Tensor) -> None:
@@ -110,14 +125,15 @@ class PackedHead:
         return torch.ops.mkldnn._linear_pointwise(hidden_SM, self.packed, None, "none", [], "")  # what TorchInductor calls for a frozen linear
 
 
-def activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation; its argument is a fresh result, which may be overwritten."""
+def activation(module: nn.Module, before: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation of what `before` gives, in its place if nobody else can hold it."""
+    may_overwrite = is_plain_linear(before)
     if is_stock(module, nn.ReLU):
-        return torch.relu_
+        return torch.relu_ if may_overwrite else torch.relu
     if is_stock(module, type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"])):
         return partial(F.gelu, approximate="tanh")
     if is_stock(module, nn.SiLU, type(ACT2FN["silu"])):
-        return partial(F.silu, inplace=True)
+        return partial(F.silu, inplace=may_overwrite)
     return module
 
 

@@ -1,8 +1,8 @@
 """The next token of each row: the likeliest, or one drawn from what temperature, top-k and top-p leave.
 
-The filters are those of transformers (generation/logits_process.py: TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, in this order, on float32 logits).
-The draw differs: one uniform number a token, taken from the row's own generator and looked up in the cumulated probabilities, where transformers draws all rows of a
-batch from one global generator. So a row's tokens do not depend on its neighbours.
+The filters are those of transformers (generation/logits_process.py: TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, in this order, on float32
+logits). The draw differs: one uniform number a token, taken from the row's own generator and looked up in the cumulated probabilities, where transformers
+draws all rows of a batch from one global generator. So a row's tokens do not depend on its neighbours.
 
 Shapes: B rows, V vocabulary, K rows that share their settings.
 """

@@ -1,7 +1,7 @@
 """T5 v1.0 and v1.1: the encoder once a row, then one decoder token of every row a step.
 
-The arithmetic is that of transformers' T5ForConditionalGeneration. What is done once instead of at every step: cross-attention's keys and values (contiguous, one copy
-for all beams of a row), the relative position bias (one table by distance), the masks.
+The arithmetic is that of transformers' T5ForConditionalGeneration. What is done once instead of at every step: cross-attention's keys and values
+(contiguous, one copy for all beams of a row), the relative position bias (one table by distance), the masks.
 
 Shapes: R rows, W slots a row (beams), S = R*W slots, H heads, D head width, M model width, E encoder columns, L decoder columns, V vocabulary.
 """
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, SlotStore, Window, prefill_chunks
-from llmdistill.decode.t5_encoder import FeedForward, T5Encoder, clamp_float16, keep
+from llmdistill.decode.t5_encoder import T5Encoder, clamp_float16, feed_forward, keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,7 @@ class DecoderBlock:
     cross_k: nn.Module
     cross_v: nn.Module
     add_cross_output: Callable[[Tensor, Tensor], Tensor]
-    feed_forward: FeedForward
+    feed_forward: Callable[[Tensor], Tensor]
     num_heads: int
     head_width: int
 
@@ -49,13 +50,13 @@ class T5Decoder:
 
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         config = model.config
-        decoder_blocks: Any = model.decoder.block
-        self.device = model.shared.weight.device
-        self.dtype = model.shared.weight.dtype
-        self.vocabulary_size = model.shared.num_embeddings
+        decoder_blocks: Any = modules.opened(model.decoder, T5Stack).block
+        self.device = model.device
+        self.vocabulary_size = config.vocab_size
         self.max_positions: int | None = None  # relative positions have no end
         self.start_token = _start_token(model)
         self.embed_encoder, self.embed = model.encoder.embed_tokens, model.decoder.embed_tokens
+        self.dtype = self.embed(torch.tensor([self.start_token], device=self.device)).dtype
         self.encoder = T5Encoder(model.encoder)
         self.blocks = [_decoder_block(block) for block in decoder_blocks]
         self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
@@ -75,7 +76,7 @@ class T5Decoder:
         """The bias of the newest token on the last so many columns, itself included."""
         if self._bias_HL.shape[-1] < num_columns:
             num_all = -(-num_columns // COLUMN_BLOCK) * COLUMN_BLOCK
-            self._bias_HL = self.relative_bias.compute_bias(1, num_all, past_seen_tokens=num_all - 1)[0, :, 0]
+            self._bias_HL = self.relative_bias.compute_bias(1, num_all, device=self.device, past_seen_tokens=num_all - 1)[0, :, 0]
         return self._bias_HL[:, self._bias_HL.shape[-1] - num_columns :]
 
 
@@ -185,18 +186,19 @@ class T5Batch:
 
 
 def _decoder_block(block: Any) -> DecoderBlock:
-    own, cross, feed_forward = block.layer
-    attention = own.SelfAttention
+    own, cross, last = modules.opened(block, T5Block).layer
+    attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
+    cross_attention = modules.opened(modules.opened(cross, T5LayerCrossAttention).EncDecAttention, T5Attention)
     return DecoderBlock(
         self_norm=modules.norm(own.layer_norm),
         self_qkv=modules.joint_linear([attention.q, attention.k, attention.v]),
         add_self_output=modules.residual_linear(attention.o),
         cross_norm=modules.norm(cross.layer_norm),
-        cross_q=cross.EncDecAttention.q,
-        cross_k=cross.EncDecAttention.k,
-        cross_v=cross.EncDecAttention.v,
-        add_cross_output=modules.residual_linear(cross.EncDecAttention.o),
-        feed_forward=FeedForward(feed_forward),
+        cross_q=cross_attention.q,
+        cross_k=cross_attention.k,
+        cross_v=cross_attention.v,
+        add_cross_output=modules.residual_linear(cross_attention.o),
+        feed_forward=feed_forward(last),
         num_heads=attention.n_heads,
         head_width=attention.key_value_proj_dim,
     )

@@ -1,7 +1,7 @@
 """What T5's encoder and decoder share, and the encoder: it runs once a row, on padded prompts.
 
-The arithmetic is that of transformers' T5Stack. Where it runs cheaper: q, k, v and the feed-forward as llmdistill.decode.modules says, the relative bias and the mask
-are joined once for all layers, and only where prompts differ in length is there a mask.
+The arithmetic is that of transformers' T5Stack. Where it runs cheaper: q, k, v and the feed-forward as llmdistill.decode.modules says, the relative bias
+and the mask are joined once for all layers, and only where prompts differ in length is there a mask.
 
 Shapes: R rows, E encoder columns, M model width.
 """
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
 
@@ -23,26 +22,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FeedForward:
+def feed_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + wo(act(wi(norm(hidden))))."""
+    if not modules.is_stock(layer, T5LayerFF):
+        return layer
+    norm, dense = modules.norm(layer.layer_norm), layer.DenseReluDense
+    if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
+        return lambda hidden: hidden + dense(norm(hidden))
+    return StockFeedForward(norm, dense)
 
-    def __init__(self, layer: Any) -> None:
-        dense = layer.DenseReluDense
-        self.norm = modules.norm(layer.layer_norm)
-        self.whole: nn.Module | None = None
-        if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
-            self.whole = dense
-            return
-        self.activation = modules.activation(dense.act)
+
+class StockFeedForward:
+    """The arithmetic of T5LayerFF, with any linears."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], dense: Any) -> None:
+        self.norm = norm
         self.gate, self.linear = (dense.wi_0, dense.wi_1) if isinstance(dense, T5DenseGatedActDense) else (dense.wi, None)
+        self.activation = modules.activation(dense.act, self.gate)
         self.add_output = modules.residual_linear(dense.wo)
         weight = getattr(dense.wo, "weight", None)  # transformers keeps wo in float32 when the rest of the model is in half precision
         self.dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
-        if self.whole is not None:
-            return hidden + self.whole(normed)
         inner = self.activation(self.gate(normed))
         if self.linear is not None:
             inner = inner * self.linear(normed)
@@ -53,29 +55,27 @@ class T5Encoder:
     """The encoder on padded prompts."""
 
     def __init__(self, stack: Any) -> None:
-        self.blocks = [
-            (
-                modules.norm(block.layer[0].layer_norm),
-                block.layer[0].SelfAttention,
-                modules.residual_linear(block.layer[0].SelfAttention.o),
-                FeedForward(block.layer[1]),
-            )
-            for block in stack.block
-        ]
+        self.blocks = [_encoder_block(block) for block in modules.opened(stack, T5Stack).block]
         self.relative_bias = stack.block[0].layer[0].SelfAttention
         self.norm = modules.norm(stack.final_layer_norm)
 
     def __call__(self, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
         num_rows, num_columns, _ = hidden_REM.shape
-        bias = self.relative_bias.compute_bias(num_columns, num_columns)
+        bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for norm, attention, add_output, feed_forward in self.blocks:
+        for norm, attention, add_output, add_feed_forward in self.blocks:
             normed = norm(hidden_REM)
             q, k, v = (module(normed).view(num_rows, num_columns, attention.n_heads, -1).transpose(1, 2) for module in (attention.q, attention.k, attention.v))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
             hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
-            hidden_REM = clamp(feed_forward(hidden_REM))
+            hidden_REM = clamp(add_feed_forward(hidden_REM))
         return self.norm(hidden_REM)
+
+
+def _encoder_block(block: Any) -> tuple[Callable[[Tensor], Tensor], Any, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    own, last = modules.opened(block, T5Block).layer
+    attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
+    return modules.norm(own.layer_norm), attention, modules.residual_linear(attention.o), feed_forward(last)
 
 
 def keep(hidden: Tensor) -> Tensor:

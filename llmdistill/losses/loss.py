@@ -36,8 +36,9 @@ def target_logits_NV(model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
 
 
 def cross_entropy_P(logits_NV: Float[Tensor, "N V"], batch: Batch, *, num_parts: int, label_smoothing: float = 0.0) -> Float[Tensor, " P"]:
-    """Cross-entropy in float32, summed over the target tokens of each part."""
-    loss_N = F.cross_entropy(logits_NV.float(), batch.target_N, reduction="none", label_smoothing=label_smoothing)
+    """Cross-entropy in float32 or above, summed over the target tokens of each part."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    loss_N = F.cross_entropy(logits_NV, batch.target_N, reduction="none", label_smoothing=label_smoothing)
     return loss_N @ F.one_hot(batch.part_N, num_parts).to(loss_N.dtype)
 
 

@@ -1,7 +1,8 @@
 """The losses of Distilling step-by-step: L = L_label + lambda * L_rationale, and its two halves alone as ablations.
 
-Source: Hsieh et al. 2023, section 3.2, equations 3 and 4. Both terms are cross-entropy by token, averaged over the target tokens of the whole step. Where we differ: the
-reference runs the model twice, on batches padded to their longest; here both tasks are one batch, padded apart (batches.py), and the encoder may be shared.
+Source: Hsieh et al. 2023, section 3.2, equations 3 and 4. Both terms are cross-entropy by token, averaged over the target tokens of the whole step. Where
+we differ: the reference runs the model twice, on batches padded to their longest; here both tasks are one batch, padded apart (batches.py), and the encoder
+may be shared.
 
 No torch at import: a pipeline holds these as settings.
 """

@@ -4,8 +4,8 @@ Plain data, saved under `llmdistill` in config.json, so that evaluation and the 
 
     {"prefixes": {"predict": "predict: ", "explain": "explain: "}, "suffix": ""}
 
-Source: Distilling step-by-step (Hsieh et al. 2023), section 3.2, whose student reads the task in front of its input. A causal student also needs to see where its
-input ends, so its text ends in `suffix`.
+Source: Distilling step-by-step (Hsieh et al. 2023), section 3.2, whose student reads the task in front of its input. A causal student also needs to see
+where its input ends, so its text ends in `suffix`.
 
 In the shared-encoder form, which is ours, the encoder reads the bare text once and the decoder is told the task, by the token that it starts from:
 

@@ -1,11 +1,11 @@
 """The forward pass of T5 in training: the same arithmetic as transformers' modules, in fewer operations.
 
-On a CPU, more than half of a small T5's step is not matrix products. Here q, k and v are one product, position bias and mask are added up once for a stack and not in
-each layer, the scores are added to them by the product itself, activations are one operation, and dropout draws 16 random bits for an element and not 64.
-Measured for forward and backward of 1 million parameters, 64 rows of 32 tokens: three quarters of the CPU time of the stock modules.
+On a CPU, more than half of a small T5's step is not matrix products. Here q, k and v are one product, position bias and mask are added up once for a stack
+and not in each layer, the scores are added to them by the product itself, activations are one operation, and dropout draws 16 random bits for an element
+and not 64. Measured for forward and backward of 1 million parameters, 64 rows of 32 tokens: three quarters of the CPU time of the stock modules.
 
-A submodule that is not a plain linear (low-rank, LoRA, int8) is called as it is. Where the larger modules are not stock either, or somebody listens to them (FSDP and
-ZeRO gather weights when a module is called), the stock forward runs.
+A submodule that is not a plain linear (low-rank, LoRA, int8) is called as it is. Where the larger modules are not stock either, or somebody listens to them
+(FSDP and ZeRO gather weights when a module is called), the stock forward runs.
 
 Shapes: B rows, L tokens, K tokens that are attended to, D model width, H heads, W width of a head.
 """

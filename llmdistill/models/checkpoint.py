@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from logging import LogRecord
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,9 +96,11 @@ def _no_tie_warning() -> Iterator[None]:
     """transformers sets `tie_word_embeddings` on every T5 it reads, and then warns where the file says otherwise; `protect_head` has seen to that (t5.py)."""
     logger = logging.get_logger("transformers.modeling_utils")
 
-    def keep(record: LogRecord) -> bool:
-        return "specifies to tie shared.weight to lm_head.weight" not in record.getMessage()
+    class Keep(Filter):
+        def filter(self, record: LogRecord) -> bool:
+            return "specifies to tie shared.weight to lm_head.weight" not in record.getMessage()
 
+    keep = Keep()
     logger.addFilter(keep)
     try:
         yield

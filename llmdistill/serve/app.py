@@ -42,7 +42,16 @@ def serve(
     precision: Precision = Precision.FLOAT32,
     settings: ServeSettings = DEFAULT_SETTINGS,
 ) -> None:
-    """Serves a checkpoint until SIGTERM or Ctrl-C, drains, and returns. Port 0 takes any free one; the address is printed."""
+    """Serve a checkpoint until SIGTERM or Ctrl-C: OpenAI's endpoints, and /v1/predict for its task.
+
+    Args:
+        checkpoint: Its folder, as runs/PIPELINE/latest/STAGE.
+        host: The address to listen on; 0.0.0.0 is open to the network.
+        port: 0 takes any free one; the address is printed.
+        device: Of torch, as cpu or cuda.
+        precision: The type that the weights are computed in.
+        settings: The limits.
+    """
     run_server(load_served_model(checkpoint, settings=settings, device=device, precision=precision), host, port, settings)
 
 

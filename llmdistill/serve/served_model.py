@@ -84,13 +84,13 @@ class ServedModel:
 
 def load_served_model(checkpoint: Path, *, settings: ServeSettings, device: str, precision: Precision) -> ServedModel:
     """Loads a checkpoint for serving."""
+    config_path = checkpoint / "config.json"
+    if not config_path.is_file():
+        raise ValueError(f"{checkpoint} has no config.json; give the folder of a checkpoint, as runs/PIPELINE/latest/STAGE")
     import torch
 
     from llmdistill.models.checkpoint import load
 
-    config_path = checkpoint / "config.json"
-    if not config_path.is_file():
-        raise ValueError(f"{checkpoint} has no config.json; give the folder of a checkpoint, as runs/PIPELINE/latest/STAGE")
     model, tokenizer = load(checkpoint, dtype=getattr(torch, precision.value), device=device)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     task = TaskSection.from_config(json.loads(config_path.read_text(encoding="utf-8")), is_encoder_decoder=is_encoder_decoder)

@@ -114,14 +114,16 @@ class Annotate(Stage[Rationales]):
             tokens_in_per_character, tokens_out_each = 1 / CHARACTERS_PER_TOKEN, self.sampling.max_tokens
         tokens_in = math.ceil(sum(len(question.prompt) for question in missing) * tokens_in_per_character)
         tokens_out = math.ceil(len(missing) * tokens_out_each)
-        return {
+        figures: dict[str, JsonScalar] = {
             "num_rows": len(asked.rows),
             "num_completions": len(unique),
             "num_completions_missing": len(missing),
             "tokens_in_estimated": tokens_in,
             "tokens_out_estimated": tokens_out,
-            "cost_dollars_estimated": 0.0 if isinstance(self.teacher, Recorded) else round(dollars(self.teacher, tokens_in, tokens_out), 4),
         }
+        if self.teacher.dollars_per_million_tokens_in or self.teacher.dollars_per_million_tokens_out:  # else nobody has said what it costs
+            figures["cost_dollars_estimated"] = round(dollars(self.teacher, tokens_in, tokens_out), 4)
+        return figures
 
     @property
     def whole_sampling(self) -> Sampling:

@@ -3,8 +3,8 @@
 The rows with split "train" are learned from; those with split "validation" choose the weights. What the student reads, how it is told the task and how long its
 answers get is written into config.json under `llmdistill` (losses/prompts.py), so that evaluation and the server ask it what it was taught.
 
-While it builds, `training/` holds the student as it was before its first step (so that a resumed run has the same tokenizer) and the state of the training; it is
-removed when the checkpoint is written. metrics.jsonl has the loss curves.
+While it builds, `training/` holds the student as it was before its first step (so that a resumed run has the same tokenizer) and the state of the training;
+it is removed when the checkpoint is written. metrics.jsonl has the loss curves, and trackers/ what tensorboard is to show.
 """
 
 import enum
@@ -96,15 +96,15 @@ class Distil(Stage[Checkpoint]):
             raise ValueError(f"settings.best is {self.settings.best.name}, and the loss {self.loss.kind} learns no labels; use LOSS or LAST")
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
-        from accelerate import PartialState
-
         from llmdistill.train import Lessons, train
+        from llmdistill.train_setup import this_process
 
         lessons, counts = self._lessons(run.artifact(self.rationales).rows())
-        folder = run.folder / "training"
-        process = PartialState()
+        folder, finished = run.folder / "training", run.folder / "training.finished"
+        process = this_process()
         with process.main_process_first():
             if process.is_main_process:
+                shutil.rmtree(finished, ignore_errors=True)
                 self._prepare(run, folder / "initial", lessons["train"])
         model, tokenizer, tuned = self._load(folder / "initial")
         examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
@@ -114,7 +114,8 @@ class Distil(Stage[Checkpoint]):
         figures["trained_parameters"] = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
         if process.is_main_process:
             figures["parameters"] = self._write(run, folder, trained, examples["train"], figures)
-            shutil.rmtree(folder)
+            folder.rename(finished)  # a killed removal must not leave a state without its weights
+            shutil.rmtree(finished)
         process.wait_for_everyone()
         return figures
 
@@ -140,7 +141,8 @@ class Distil(Stage[Checkpoint]):
             if need and not lessons[split]:
                 raise ValueError(
                     f"no row of split {split!r} is left to learn from, of {len(rows)} rows: {counts['num_rows_below_min_confidence']} are below min_confidence "
-                    f"{self.min_confidence}, {counts['num_rows_without_gold']} have no gold label; change the task's splits, min_confidence, labels or settings.best"
+                    f"{self.min_confidence}, {counts['num_rows_without_gold']} have no gold label; "
+                    "change the task's splits, min_confidence, labels or settings.best"
                 )
         return lessons, counts
 
@@ -161,7 +163,7 @@ class Distil(Stage[Checkpoint]):
         writing.rename(folder)
 
     def _load(self, folder: Path) -> tuple[Any, Any, "nn.Module"]:
-        """The student, its tokenizer, and the module whose trainable weights are the ones to train: the student itself, with LoRA's layers inside where wanted."""
+        """The student, its tokenizer, and the module whose trainable weights are the ones to train: the student, with LoRA's layers inside where wanted."""
         import torch
 
         from llmdistill.models import checkpoint

@@ -1,57 +1,63 @@
-"""Rationales without a teacher: from our own exports, or from the files published with Distilling step-by-step."""
+"""Rationales from a file in place of a teacher: our own exports, or any rows with the columns input, label and rationale."""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from llmdistill.core.artifacts import Rationales
 from llmdistill.core.fingerprint import content_sha256
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage
-from llmdistill.tasks.answers.answer import Answer
+from llmdistill.tasks.splits import SPLITS, split_of
 from llmdistill.tasks.task import Row, Task
-from llmdistill.teach.judged import Account, Judged, write_judged
-from llmdistill.teach.parse import Parsed, Refusal, parse_completion
-from llmdistill.teach.published import check_published, read_published
+from llmdistill.teach.judged import Judged, figures_of, uncounted, write_judged
+from llmdistill.teach.parse import Parsed, Refusal
 from llmdistill.teach.rationale_files import REQUIRED_COLUMNS, read_rationale_file
 from llmdistill.teach.verify import Verification, verify
 
-logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-UNCOUNTED = Account(num_completions=0, num_asked=0, tokens_in=math.nan, tokens_out=math.nan, seconds=math.nan, cost_dollars=math.nan)
+@dataclass(frozen=True, kw_only=True)
+class RationaleFile:
+    """Rationales from a file instead of a teacher: a .jsonl or .parquet file or a saved dataset with columns input, label and rationale."""
+
+    kind: ClassVar[str] = "file"
+
+    path: Path
+    model: str = "imported"
+    """Who wrote them, for the report."""
+
+    def stage(self, task: Task, verification: Verification) -> Stage[Rationales]:
+        """Reads them for this task."""
+        return ImportRationales(path=self.path, task=task, model=self.model, verification=verification)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportRationales(Stage[Rationales]):
     """Rows with columns input, label, rationale (and id, split, gold, confidence where they are known) from a .jsonl or .parquet file or a saved dataset.
 
-    answer: how labels are read and compared.
-    split: of rows that do not say theirs.
-    model: who wrote them, for the report.
+    A row that does not say its id, split or known label is looked up among the task's rows by its text, and has them from there: so three columns are enough,
+    and what the students are tested on is not taught. A text that the task does not have goes to train or validation by its hash.
+
+    task: says how labels are read, and which rows are test rows.
+    model: who wrote the rationales, for the report.
     """
 
     artifact = Rationales
 
     path: Path
-    answer: Answer
-    split: str = "train"
+    task: Task
     model: str = "imported"
     verification: Verification = field(default_factory=Verification)
 
-    def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"ImportRationales.split is {self.split!r}: give one of {', '.join(SPLITS)}")
-
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
+        known = _KnownRows.of(self.task)
         judged: list[Judged] = []
         places: dict[str, str] = {}
         for number, (where, values) in enumerate(read_rationale_file(self.path)):
-            row = self._row(number, where, values)
+            row = self._row(number, where, values, known, places)
             if row.id in places:
                 raise ValueError(f"{where}: the id {row.id!r} was already given at {places[row.id]}; ids must be unique")
             places[row.id] = where
@@ -59,24 +65,24 @@ class ImportRationales(Stage[Rationales]):
         if not judged:
             raise ValueError(f"{self.path} holds no rationales")
         revision = f"sha256:{content_sha256(self.path)}"
-        summary = write_judged(run.folder, judged, answer=self.answer, model=self.model, revision=revision, account=_account(len(judged)))
-        return _figures(summary)
+        summary = write_judged(run.folder, judged, answer=self.task.answer, model=self.model, revision=revision, account=uncounted(len(judged)))
+        return figures_of(summary)
 
-    def _row(self, number: int, where: str, values: Mapping[str, object]) -> Judged:
+    def _row(self, number: int, where: str, values: Mapping[str, object], known: _KnownRows, places: Mapping[str, str]) -> Judged:
+        answer = self.task.answer
         text = {column: _text(values, column, where) for column in REQUIRED_COLUMNS}
-        row_id = _text(values, "id", where) if values.get("id") is not None else f"row-{number}"
-        split = _text(values, "split", where) if values.get("split") is not None else self.split
-        if split not in SPLITS:
-            raise ValueError(f"{where}: the split is {split!r}, which is none of {', '.join(SPLITS)}")
-        gold = None
+        given_id = _text(values, "id", where) if values.get("id") is not None else None
+        of_task = known.find(given_id, text["input"], where)
+        row_id = given_id or (of_task.id if of_task and of_task.id not in places else f"imported-{number}")
+        split = self._split(values, where, text["input"], of_task)
+        gold = of_task.gold if of_task else None
         if values.get("gold") is not None:
-            gold = self.answer.parse(_text(values, "gold", where))
+            gold = answer.parse(_text(values, "gold", where))
             if gold is None:
-                raise ValueError(f"{where}: the known label {values['gold']!r} is not {self.answer.describe()}; correct it or leave it out")
-        label = self.answer.parse(text["label"])
-        rationale = text["rationale"].strip()
-        sample = Refusal.UNPARSABLE if label is None else Parsed(rationale=rationale, label=label)
-        verdict = verify([sample], self.answer, self.verification, gold=gold if split != "test" else None)
+                raise ValueError(f"{where}: the known label {values['gold']!r} is not {answer.describe()}; correct it or leave it out")
+        label = answer.parse(text["label"])
+        sample = Refusal.UNPARSABLE if label is None else Parsed(rationale=text["rationale"].strip(), label=label)
+        verdict = verify([sample], answer, self.verification, gold=gold if split != "test" else None)
         confidence = values.get("confidence")
         if confidence is not None:
             if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 <= confidence <= 1:
@@ -85,73 +91,45 @@ class ImportRationales(Stage[Rationales]):
         completion = f"{text['rationale']} {text['label']}"
         return Judged(id=row_id, split=split, input=text["input"], gold=gold, verdict=verdict, completion=completion)
 
+    def _split(self, values: Mapping[str, object], where: str, text: str, of_task: Row | None) -> str:
+        """What the row says, else the task's, else by the hash of its text. A test row is never called anything else."""
+        if values.get("split") is None:
+            return of_task.split if of_task else split_of(text, test_share=0.0, validation_share=self.task.validation_share)
+        split = _text(values, "split", where)
+        if split not in SPLITS:
+            raise ValueError(f"{where}: the split is {split!r}, which is none of {', '.join(SPLITS)}")
+        if of_task and of_task.split == "test" and split != "test":
+            raise ValueError(
+                f"{where}: the split is {split!r}, but the task {self.task.name!r} has this row among its test rows ({of_task.id!r}), and students would be "
+                "tested on what they were taught; leave the column split out, or give the task the splits that it had when the rationales were made"
+            )
+        return split
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedRationales(Stage[Rationales]):
-    """The files `{split}_CoT_{i}.json` in a folder, aligned by position with the rows of a task, file by file.
 
-    task: its source gives the rows in the order of the published files (`svamp_train.json`, then `svamp_test.json` as the test file); rows that the task's
-    hash takes out of the training file for validation keep their place in it.
-    model: whose completions they are.
-    run_on: what begins an invented next question; completions are cut there.
-    max_misplaced_share: how many completions may fit another row far better than their own before the order counts as wrong.
-
-    On SVAMP the authors report that 73.5% of PaLM's train labels and 74.0% of its test labels are right; this stage counts 74.25% and 77.5%. They read an answer
-    from its first bracket to its last, which makes `(12 - 2) - 7` into `(12 - 2)`; read so, 73.25% and 74.0% are right here.
-    """
-
-    artifact = Rationales
+@dataclass(frozen=True)
+class _KnownRows:
+    """A task's rows, found by id or by text; of several with the same text a test row comes first."""
 
     task: Task
-    folder: Path
-    model: str = "PaLM 540B"
-    answer_marker: str = "The answer is"
-    run_on: tuple[str, ...] = ("Q:",)
-    max_misplaced_share: float = 0.0
-    verification: Verification = field(default_factory=Verification)
+    by_id: Mapping[str, Row]
+    by_text: Mapping[str, Row]
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_misplaced_share <= 1:
-            raise ValueError(f"PublishedRationales.max_misplaced_share is {self.max_misplaced_share}: it is a share from 0 to 1")
+    @classmethod
+    def of(cls, task: Task) -> _KnownRows:
+        rows = sorted(task.rows(), key=lambda row: row.split == "test")  # the last of a text stays
+        return cls(task=task, by_id={row.id: row for row in rows}, by_text={task.text(row): row for row in rows})
 
-    def build(self, run: Run) -> Mapping[str, JsonScalar]:
-        if not self.folder.is_dir():
-            raise ValueError(f"there is no folder {str(self.folder)!r} with published completions (train_CoT_0.json, ...)")
-        judged: list[Judged] = []
-        num_completions, num_in_place, num_misplaced = 0, 0, 0
-        for part, rows in self._rows_by_file().items():
-            files = read_published(self.folder, part)
-            if not files:
-                if part == "train":
-                    raise ValueError(f"there is no train_CoT_0.json in {self.folder}: name the folder with the published completions")
-                logger.warning("%s has no %s_CoT_0.json: its %d rows are left out", self.folder, part, len(rows))
-                continue
-            texts = [self.task.text(row) for row in rows]
-            alignment = check_published(files, texts, run_on=self.run_on, max_misplaced_share=self.max_misplaced_share)
-            if alignment.num_in_place < alignment.num_completions / 2:
-                logger.warning("the %s completions share too few words with their rows for their order to be checked", part)
-            num_completions += alignment.num_completions
-            num_in_place += alignment.num_in_place
-            num_misplaced += len(alignment.misplaced)
-            completions = [completion for file in files for completion in file.completions]
-            judged += [self._judge(row, completion) for row, completion in zip(rows, completions, strict=True)]
-        revision = f"sha256:{content_sha256(self.folder)}"
-        summary = write_judged(run.folder, judged, answer=self.task.answer, model=self.model, revision=revision, account=_account(num_completions))
-        return {**_figures(summary), "order_in_place_share": num_in_place / num_completions, "order_misplaced_share": num_misplaced / num_completions}
-
-    def _rows_by_file(self) -> dict[str, list[Row]]:
-        """The rows of each published file, in its order: what the source marks as test or validation has a file of its own, the rest is train."""
-        parts: dict[str, list[Row]] = {"train": []}
-        names = {"": "train", "train": "train", "validation": "valid", "test": "test"}
-        for record, row in zip(self.task.source.records(), self.task.rows(), strict=True):
-            parts.setdefault(names[record.split], []).append(row)
-        return parts
-
-    def _judge(self, row: Row, completion: str) -> Judged:
-        # Nothing says how a completion ended; an answer without its closing bracket was cut by the limit on tokens.
-        sample = parse_completion(completion, self.task.answer, answer_marker=self.answer_marker, run_on=self.run_on, finish_reason="length")
-        verdict = verify([sample], self.task.answer, self.verification, gold=row.gold if row.split != "test" else None)
-        return Judged(id=row.id, split=row.split, input=self.task.text(row), gold=row.gold, verdict=verdict, completion=completion)
+    def find(self, row_id: str | None, text: str, where: str) -> Row | None:
+        """The row of this id, else one of this text; a text that is not its row's is an error."""
+        if row_id is None or row_id not in self.by_id:
+            return self.by_text.get(text)
+        row = self.by_id[row_id]
+        if self.task.text(row) != text:
+            raise ValueError(
+                f"{where}: the id {row_id!r} is that of a row of the task {self.task.name!r} which reads {self.task.text(row)!r:.80} and not {text!r:.80}; "
+                "give the row an id of its own, or give the task the input_template that it had when the rationales were made"
+            )
+        return row
 
 
 def _text(values: Mapping[str, object], column: str, where: str) -> str:
@@ -160,11 +138,3 @@ def _text(values: Mapping[str, object], column: str, where: str) -> str:
         what = "missing" if column not in values else f"{value!r:.60}, which is not text"
         raise ValueError(f"{where}: the column {column!r} is {what}; {', '.join(REQUIRED_COLUMNS)} are needed as text")
     return value
-
-
-def _account(num_completions: int) -> Account:
-    return replace(UNCOUNTED, num_completions=num_completions)
-
-
-def _figures(summary: Mapping[str, object]) -> dict[str, JsonScalar]:
-    return {name: value for name, value in summary.items() if isinstance(value, (int, float, str)) or value is None}

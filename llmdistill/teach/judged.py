@@ -10,11 +10,12 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmdistill.core.artifacts import RationaleRow
+from llmdistill.core.stage import JsonScalar
 from llmdistill.teach.parse import Answer
 from llmdistill.teach.verify import Verdict
 
@@ -41,6 +42,16 @@ class Account:
     tokens_out: float
     seconds: float
     cost_dollars: float
+
+
+def uncounted(num_completions: int) -> Account:
+    """The account of completions that came from elsewhere: asked of nobody here, and nobody says what they took."""
+    return Account(num_completions=num_completions, num_asked=0, tokens_in=math.nan, tokens_out=math.nan, seconds=math.nan, cost_dollars=math.nan)
+
+
+def figures_of(summary: Mapping[str, object]) -> dict[str, JsonScalar]:
+    """The single figures of a summary, for a manifest."""
+    return {name: value for name, value in summary.items() if isinstance(value, (int, float, str)) or value is None}
 
 
 def write_judged(folder: Path, judged: Sequence[Judged], *, answer: Answer, model: str, revision: str, account: Account) -> dict[str, object]:
@@ -92,7 +103,8 @@ def _rationale_row(row: Judged) -> RationaleRow:
 def _refused_row(row: Judged) -> dict[str, object]:
     refusal = row.verdict.refusal
     assert refusal is not None, "a kept row among the refused"
-    return {"id": row.id, "split": row.split, "input": row.input, "gold": row.gold, "reason": refusal.value, "completion": row.completion}
+    label = row.verdict.label  # where the answer was read and the row refused for something else: it counts for the teacher's accuracy
+    return {"id": row.id, "split": row.split, "input": row.input, "gold": row.gold, "label": label, "reason": refusal.value, "completion": row.completion}
 
 
 def _num_known(rows: Sequence[Judged]) -> int:

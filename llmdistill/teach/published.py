@@ -57,11 +57,22 @@ def check_published(files: Sequence[PublishedFile], texts: Sequence[str], *, run
         )
     if alignment.misplaced_share > max_misplaced_share:
         raise ValueError(
-            f"the completions in {files[0].path.parent} do not stand in the order of the rows: {len(alignment.misplaced)} of {len(completions)} fit another row "
-            f"more than twice as well as their own. {_where(alignment, files, texts)} If these rationales are only beside the point, allow them with "
-            f"max_misplaced_share={alignment.misplaced_share:.4f}"
+            f"the completions in {files[0].path.parent} do not stand in the order of the rows: {len(alignment.misplaced)} of {len(completions)} fit "
+            f"another row more than twice as well as their own. {_where(alignment, files, texts)} If these rationales are only beside the point, allow them "
+            f"with max_misplaced_share={alignment.misplaced_share:.4f}"
         )
     return alignment
+
+
+def equation_by_published_rule(completion: str) -> str:
+    """The equation that the authors' reading finds in a completion for SVAMP, so that their figures can be had beside ours; "" where it finds none.
+
+    Their rule: cut at the first "Q:"; the marker once and no more; behind it, on one line, from the first bracket to the last. They hand the result to Python's
+    eval, to which "(17 + 3) and (6 - 2)" is the last of the two. We execute nothing, and take the last by name.
+    """
+    parts = completion.partition("Q:")[0].split("The answer is")
+    in_brackets = re.search(r"\(.*\)", parts[1]) if len(parts) == 2 else None
+    return in_brackets[0].rpartition(" and ")[2] if in_brackets else ""
 
 
 def _where(alignment: Alignment, files: Sequence[PublishedFile], texts: Sequence[str]) -> str:

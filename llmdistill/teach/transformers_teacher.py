@@ -1,11 +1,14 @@
 """A teacher that runs here through transformers: rows of many prompts decoded together, the shared few-shot prefix computed once.
 
 Rows leave the batch as they finish and new ones take their places, so the matrix products stay large; that is what throughput is on a CPU and what it is on
-a small GPU. Greedy, or sampling with a generator a request (temperature, nucleus), so an answer does not depend on which rows it was decoded with, up to
-the rounding of differently shaped matrix products.
+a small GPU. A token is chosen as in llmdistill.decode, greedily or with a generator a request, so an answer does not depend on which rows it was decoded
+with, up to the rounding of differently shaped matrix products. Of the model's generation config only the end tokens count (no repetition penalty and the
+like), as with the other teachers.
 """
 
-import hashlib
+from __future__ import annotations
+
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmdistill.core.stage import speed
 from llmdistill.models.source import ModelSource
-from llmdistill.teach.teacher import Completion, Request, Sampling
+from llmdistill.teach.teacher import Completion, Request, Sampling, cut_at_stop
 
 if TYPE_CHECKING:
-    import torch
-
-    from llmdistill.teach.shared_prefix import SharedPrefixCache
+    from torch import Tensor
 
 PREFILL_TOKENS = 2048  # the most new tokens in one prefill pass: bounds the memory of its activations
 
@@ -58,6 +59,10 @@ class TransformersTeacher:
         """The hub revision, or ``sha256:...`` of the weights."""
         return self._source.revision
 
+    def fingerprint(self) -> dict[str, object]:
+        """Model, revision, chat and dtype."""
+        return {"model": self.model, "revision": self.revision, "chat": self.chat, "dtype": self.dtype}
+
     @cached_property
     def _tokenizer(self) -> Any:
         return self._source.load_tokenizer()
@@ -72,112 +77,115 @@ class TransformersTeacher:
         """Answer every request, calling ``done(index, completion)`` as each finishes."""
         if not requests:
             return
+        config = self._source.config
+        if config.is_encoder_decoder:
+            raise ValueError(f"the teacher transformers:{self.source} is an encoder-decoder ({config.model_type}): give a causal model")
+        # The chat template writes the special tokens itself.
+        prompts = [self._tokenizer(self.render(request.prompt), add_special_tokens=not self.chat).input_ids for request in requests]
+        _check_lengths(prompts, sampling.max_tokens, getattr(config, "max_position_embeddings", None))
         import torch
 
-        model = self._source.load_model(dtype=getattr(torch, self.dtype)).to(self.device).eval()
+        model: Any = self._source.load_model(dtype=getattr(torch, self.dtype))
         with torch.inference_mode():
-            _Batch(model, self._tokenizer, requests, [self.render(r.prompt) for r in requests], sampling, self.batch_size).run(done)
+            _Batch(model.eval().to(self.device), self._tokenizer, prompts, requests, sampling, self.batch_size).run(done)
 
 
 @dataclass
 class _Active:
-    """A request that is being decoded."""
+    """A request that is being decoded: the part of its prompt that it does not share, and what it says so far."""
 
     index: int
     prompt: list[int]
+    generator: random.Random
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class _Batch:
-    """One run over a list of requests."""
+    """One run over a list of requests. Shapes: B rows, L new tokens a row, V vocabulary."""
 
-    def __init__(self, model: Any, tokenizer: Any, requests: Sequence[Request], prompts: Sequence[str], sampling: Sampling, batch_size: int) -> None:
-        from llmdistill.teach.shared_prefix import prefill_prefix
+    def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], requests: Sequence[Request], sampling: Sampling, batch_size: int) -> None:
+        from llmdistill.decode.decoding import Decoding
+        from llmdistill.decode.sampling import row_generator
+        from llmdistill.teach.shared_prefix import prefill_prefix, shared_length
 
-        self.model, self.tokenizer, self.requests, self.sampling = model, tokenizer, requests, sampling
-        tokens: list[list[int]] = [tokenizer(prompt).input_ids for prompt in prompts]
-        if not all(tokens):
-            raise ValueError(f"prompt {tokens.index([])} is empty once tokenized: check the prompt template")
-        prefix_length = _shared_length(tokens)
-        suffixes = [ids[prefix_length:] for ids in tokens]
-        self.prefix_length = prefix_length
-        self.num_slots = min(batch_size, len(requests))
-        # Sorted by length inside windows of a few batches: little padding in prefill, yet what is done first is still a fair sample of the whole.
-        window = 4 * self.num_slots
-        order = [i for start in range(0, len(tokens), window) for i in sorted(range(start, min(start + window, len(tokens))), key=lambda i: len(suffixes[i]))]
-        self.waiting = [_Active(index, suffixes[index]) for index in reversed(order)]
-        self.active: list[_Active] = []
-        capacity = max(len(ids) for ids in suffixes) + sampling.max_tokens
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and prefix_length + capacity > limit:
-            raise ValueError(
-                f"the longest prompt has {max(len(ids) for ids in tokens)} tokens and max_tokens is {sampling.max_tokens}, but the model reads at most {limit}: "
-                "shorten the prompt or lower max_tokens"
-            )
-        self.cache: SharedPrefixCache = prefill_prefix(model, tokens[0][:prefix_length], self.num_slots, capacity)
+        self.clock = time.perf_counter()
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.decoding = Decoding(temperature=sampling.temperature, top_p=sampling.top_p)
         self.end_tokens = _end_tokens(model, tokenizer)
+        self.prefix_length = shared_length(prompts)
+        self.num_slots = min(batch_size, len(prompts))
+        capacity = max(map(len, prompts)) - self.prefix_length + sampling.max_tokens
+        self.cache = prefill_prefix(model, prompts[0][: self.prefix_length], self.num_slots, capacity)
+        self.waiting = [
+            _Active(index, prompts[index][self.prefix_length :], row_generator(sampling.seed + requests[index].sample_index, prompts[index]))
+            for index in reversed(_order(prompts, self.num_slots))
+        ]
+        self.active: list[_Active] = []
+        self._share_seconds(self.waiting)
 
     def run(self, done: Callable[[int, Completion], None]) -> None:
         while self.waiting or self.active:
-            started = time.perf_counter()
             free = self.num_slots - len(self.active)
             if self.waiting and free >= max(1, self.num_slots // 8):
-                first = len(self.active)
-                self._prefill()
-                moved = self.active[first:]
+                moved = self._prefill()
             else:
-                self._advance(self.active, slice(0, len(self.active)), [row.tokens[-1:] for row in self.active])
                 moved = list(self.active)
-            share = (time.perf_counter() - started) / len(moved)
-            for row in moved:
-                row.seconds += share
+                self._advance(moved, slice(0, len(moved)), [row.tokens[-1:] for row in moved])
+            self._share_seconds(moved)
             self._finish(done)
 
-    def _prefill(self) -> None:
-        """Start as many waiting rows as fit the free slots and one pass."""
-        first, rows = len(self.active), []
+    def _prefill(self) -> list[_Active]:
+        """Start as many waiting rows as fit the free slots and one pass, or one longer row in several passes."""
+        first, rows, longest = len(self.active), [], 0
         while self.waiting and first + len(rows) < self.num_slots:
-            if rows and (len(rows) + 1) * max(len(self.waiting[-1].prompt), len(rows[-1].prompt)) > PREFILL_TOKENS:
+            longest = max(longest, len(self.waiting[-1].prompt))
+            if rows and (len(rows) + 1) * longest > PREFILL_TOKENS:
                 break
             rows.append(self.waiting.pop())
-        self.cache.lengths_S[first : first + len(rows)] = 0
+        slots = slice(first, first + len(rows))
+        self.cache.lengths_S[slots] = 0
         self.active += rows
-        self._advance(rows, slice(first, first + len(rows)), [row.prompt for row in rows])
+        new = [row.prompt for row in rows]
+        while len(new[0]) > PREFILL_TOKENS and len(new) == 1:
+            self._feed(slots, [new[0][:PREFILL_TOKENS]])
+            new = [new[0][PREFILL_TOKENS:]]
+        self._advance(rows, slots, new)
+        return rows
 
     def _advance(self, rows: list[_Active], slots: slice, new: list[list[int]]) -> None:
         """Feed each row its new tokens and choose its next one."""
+        from llmdistill.decode.sampling import choose
+
+        chosen, _ = choose(self._feed(slots, new), [self.decoding] * len(rows), [row.generator for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            row.tokens.append(token)
+
+    def _feed(self, slots: slice, new: list[list[int]]) -> Tensor:
+        """Run the model on each row's new tokens and give the logits after its last one (B V)."""
         import torch
 
         device = self.model.device
         longest = max(map(len, new))
         ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in new], device=device)
-        position_ids_BL, mask = self.cache.begin(slots, longest)
-        hidden_BLD = self.model.get_decoder()(
-            input_ids=ids_BL, position_ids=position_ids_BL, attention_mask=mask, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
         num_new_B = torch.tensor([len(ids) for ids in new], device=device)
+        rows_B = torch.arange(len(new), device=device)
+        position_ids_BL, mask = self.cache.begin(slots, longest)
+        # The head sees only the last token of each row; called inside the model, so that what the model does to its logits is done to these.
+        only_last = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows_B, num_new_B - 1][:, None],))
+        try:
+            logits_B1V = self.model(input_ids=ids_BL, position_ids=position_ids_BL, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+        finally:
+            only_last.remove()
         self.cache.lengths_S[slots] += num_new_B
-        last_BD = hidden_BLD[torch.arange(len(new), device=device), num_new_B - 1]
-        logits_BV = self.model.get_output_embeddings()(last_BD).float()
-        chosen = (
-            logits_BV.argmax(-1).tolist()
-            if self.sampling.temperature == 0
-            else [self._sample(logits_V, row) for logits_V, row in zip(logits_BV, rows, strict=True)]
-        )
-        for row, token in zip(rows, chosen, strict=True):
-            row.tokens.append(token)
+        return logits_B1V[:, 0]
 
-    def _sample(self, logits_V: "torch.Tensor", row: _Active) -> int:
-        """Draw one token by temperature and nucleus (Holtzman et al. 2020), from a generator that this request and position alone decide."""
-        import torch
-
-        request = self.requests[row.index]
-        label = f"{self.sampling.seed}/{request.sample_index}/{len(row.tokens)}/{request.prompt}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big"))
-        probabilities_V, order_V = (logits_V.cpu().double() / self.sampling.temperature).softmax(-1).sort(descending=True)
-        keep_V = probabilities_V.cumsum(-1) - probabilities_V < self.sampling.top_p
-        return int(order_V[torch.multinomial(probabilities_V * keep_V, 1, generator=generator)])
+    def _share_seconds(self, rows: Sequence[_Active]) -> None:
+        """Divide the time since the last call among these rows."""
+        now = time.perf_counter()
+        for row in rows:
+            row.seconds += (now - self.clock) / len(rows)
+        self.clock = now
 
     def _finish(self, done: Callable[[int, Completion], None]) -> None:
         """Report the rows that are complete and close the gaps that they leave."""
@@ -205,20 +213,30 @@ class _Batch:
     def _outcome(self, row: _Active) -> tuple[str, str | None]:
         """The text so far, and why it is finished, if it is."""
         ended = row.tokens[-1] in self.end_tokens
-        text = self.tokenizer.decode(row.tokens[:-1] if ended else row.tokens, skip_special_tokens=True)
-        cuts = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
-        if cuts:
-            return text[: min(cuts)], "stop"
-        if ended:
-            return text, "stop"
-        return text, "length" if len(row.tokens) >= self.sampling.max_tokens else None
+        is_full = len(row.tokens) >= self.sampling.max_tokens
+        if not (ended or is_full or self.sampling.stop):
+            return "", None
+        text = self.tokenizer.decode(row.tokens[:-1] if ended else row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text, is_cut = cut_at_stop(text, self.sampling.stop)
+        return text, "stop" if is_cut or ended else "length" if is_full else None
 
 
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, at most one less than the shortest has: every row needs one of its own."""
-    first, last = min(prompts), max(prompts)  # in dictionary order: what these two share, all share
-    most = min(len(ids) for ids in prompts) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
+def _order(prompts: Sequence[list[int]], num_slots: int) -> list[int]:
+    """Sorted by length inside windows of a few batches: little padding in prefill, yet what is done first is still a fair sample of the whole."""
+    window = 4 * num_slots
+    return sorted(range(len(prompts)), key=lambda index: (index // window, len(prompts[index])))
+
+
+def _check_lengths(prompts: Sequence[list[int]], max_tokens: int, limit: int | None) -> None:
+    """Before any weights are loaded."""
+    if not all(prompts):
+        raise ValueError(f"prompt {[len(ids) for ids in prompts].index(0)} is empty once tokenized: check the prompt template")
+    longest = max(map(len, prompts))
+    if limit is not None and longest + max_tokens > limit:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_tokens is {max_tokens}, but the model reads at most {limit}: "
+            "shorten the prompt or lower max_tokens"
+        )
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -88,7 +88,8 @@ class Add(Stage[Artifact]):
             while not all(part.exists() for part in parts):
                 time.sleep(0.05)
             (run.folder / "sum.txt").write_text(str(sum(int(part.read_text()) for part in parts)))
-        return {"num_processes": num_processes, "precision": os.environ.get("ACCELERATE_MIXED_PRECISION")}
+        told = {"precision": os.environ.get("ACCELERATE_MIXED_PRECISION"), "fsdp_offload": os.environ.get("FSDP_OFFLOAD_PARAMS")}
+        return {"num_processes": num_processes, **told}
 
     def plan(self, run: Run) -> Mapping[str, int]:
         return {"num_lines": len((run.artifact(self.count).folder / "lines.txt").read_text().splitlines())}

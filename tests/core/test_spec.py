@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmdistill.core import spec
@@ -42,6 +42,7 @@ class Rich:
     is_fast: bool = False
     rate: float = 0.5
     limit: int | None = None
+    label: int | str = 0
     form: Literal["one", "two"] = "one"
     inner: "Plain | Rich" = Plain()
 
@@ -58,10 +59,12 @@ rich = st.builds(
     is_fast=st.booleans(),
     rate=st.floats(allow_nan=False),
     limit=st.none() | st.integers(),
+    label=st.integers() | st.text().filter(lambda text: not text.strip().lstrip("+-").replace("_", "").isnumeric()),  # a number reads as one
     form=st.sampled_from(["one", "two"]),
 )
 
 
+@example(Rich(source=Source("%41"), label="%2C"), Rich(source=Source("a?b&c:%"), stop=("%41", ",")))
 @given(rich, rich)
 def test_what_is_written_reads_as_the_same(value: Rich, inner: Rich) -> None:
     assert spec.parse(spec.write(value), KINDS) == value

@@ -80,6 +80,16 @@ def test_a_value_without_identity_is_refused_by_name() -> None:
         _ = Call(function=lambda: 1).key
 
 
+def test_a_name_that_a_class_chooses_does_not_count_either() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Named(Stage[Artifact]):
+        artifact = Artifact
+        name: str = "chosen"
+
+    assert Named().name == "chosen"
+    assert Named(name="other").key == Named().key
+
+
 def test_names() -> None:
     assert Words().name == "words"
     assert Words(name="other").name == "other"

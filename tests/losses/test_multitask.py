@@ -41,7 +41,7 @@ def t5(tokenizer: Any, **settings: Any) -> T5ForConditionalGeneration:
         d_ff=24,
         num_layers=2,
         num_decoder_layers=1,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue] - a field of every config
         pad_token_id=0,
         eos_token_id=1,
     )

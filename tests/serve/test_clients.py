@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -130,6 +129,18 @@ def test_a_client_that_goes_away_frees_its_row(start, raw_client, stream: bool) 
     assert page.get_sample_value("llmdistill_requests_total", {"path": "/v1/completions", "status": "499"}) == 2
 
 
+def test_openais_client_comes_again_when_it_is_told_to(start, raw_client, connect) -> None:
+    running, _ = start({"step_seconds": 0.002}, max_batch_rows=1, max_queue_rows=1)
+    for number in (1, 2):
+        raw_client(running.url).post("/v1/completions", LONG | {"prompt": "a" * 200})
+        running.wait_until(lambda number=number: running.gate.scheduler.num_active + running.gate.scheduler.num_waiting == number)
+    client = connect(running.url)
+    options = {"model": "student", "prompt": "patience", "temperature": 0}
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(**options)
+    assert client.with_options(max_retries=5).completions.create(**options).choices[0].text == "patience"
+
+
 def test_requests_that_take_too_long(start, http) -> None:
     running, _ = start({"step_seconds": 0.01}, max_batch_rows=1, request_timeout_seconds=0.3)
 
@@ -233,11 +244,29 @@ def test_a_drain_has_an_end(start, http) -> None:
     with http.stream("POST", f"{running.url}/v1/completions", json=LONG | {"stream": True}) as stream:
         lines = stream.iter_lines()
         next(lines)
-        drained = time.monotonic()
         running.server.drain()
         assert "shut down before the answer was complete" in [line for line in lines if line][-1]
     running.wait_until(lambda: not running.gate.scheduler.is_running)
-    assert time.monotonic() - drained < 3
+
+
+NO_HTTP = {
+    "garbage": bytes(range(256)),
+    "another protocol": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "a length that is none": b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: many\r\n\r\n{}",
+    "two lengths": b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+    "a length and chunks": b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "broken chunks": b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}",
+}
+
+
+def test_what_is_no_http_is_refused_and_harms_nobody(start, raw_client, http) -> None:
+    running, _ = start()
+    for name, data in NO_HTTP.items():
+        client = raw_client(running.url)
+        client.send(data)
+        assert client.read_all().startswith(b"HTTP/1.1 400 "), name
+    assert http.get(f"{running.url}/health").json()["status"] == "ok"
+    running.wait_until_idle()
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3), max_leaves=4)

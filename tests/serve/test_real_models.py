@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -141,3 +144,32 @@ def test_a_student_told_its_task_by_the_first_token(checkpoints, start_server, h
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_served_model(tmp_path, settings=ServeSettings(), device="cpu", precision=Precision.FLOAT32)
+
+
+def test_the_command_serves_a_checkpoint_and_drains(checkpoints, connect, http, tmp_path) -> None:
+    folder = tmp_path / "endless"
+    shutil.copytree(checkpoints["t5"], folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    command = [sys.executable, "-m", "llmdistill", "serve", str(folder), "--port", "0", "--model-name", "small"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving small on http://127.0.0.1:"), line or process.communicate()[1]
+        url = line.split()[-1]
+        client = connect(url)
+        assert [model.id for model in client.models.list()] == ["small"]
+        prediction = http.post(f"{url}/v1/predict", json={"fields": {"message": "where is it"}, "rationale": True}).json()
+        assert prediction["rationale"]
+        stream = client.completions.create(model="small", prompt="please", temperature=0, max_tokens=500, stream=True, stream_options={"include_usage": True})
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert last.usage is not None
+        assert last.usage.completion_tokens == 500
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        errors = process.communicate()[1]
+    assert "Traceback" not in errors

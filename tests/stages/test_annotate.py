@@ -106,8 +106,9 @@ def test_every_row_is_kept_or_refused_with_a_reason(tmp_path: Path, annotate: Ca
         "id": "m2", "split": "test", "input": "number 2 !", "label": "yes", "rationale": "Because 2.", "gold": "yes", "confidence": 1.0,
     }  # fmt: skip
     assert rationales.refused()[0] == {
-        "id": "m6", "split": "train", "input": "number 6 !", "gold": "yes", "reason": "no answer marker", "completion": "I do not know.",
+        "id": "m6", "split": "train", "input": "number 6 !", "gold": "yes", "label": None, "reason": "no answer marker", "completion": "I do not know.",
     }  # fmt: skip
+    assert {row["id"]: row["label"] for row in rationales.refused()} == {"m6": None, "m7": None, "m8": "yes", "m9": "no", "m20": None}
     summary = rationales.summary()
     known_test = [number for number in range(40) if number % 3 == 2]
     assert summary["accuracy"] == pytest.approx(1 - 1 / len(known_test)), "20 is wrong; 8 is right, though its rationale is empty"

@@ -76,7 +76,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_heads=2,
         d_ff=32,
         num_layers=1,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue] - a field of every config
         pad_token_id=0,
         eos_token_id=1,
         dtype="float32",

@@ -1,37 +1,53 @@
-"""Rationales that come from files: our own exports and the published ones."""
+"""Rationales that come from files: our own exports, and rows with three columns."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from llmdistill.core.artifacts import RationaleRow
+from llmdistill.cli import main
+from llmdistill.core.artifacts import RationaleRow, Rationales
 from llmdistill.core.store import Store
-from llmdistill.stages.import_rationales import ImportRationales, PublishedRationales
-from llmdistill.tasks.answers import Choice, Equation
+from llmdistill.models.student import ScratchT5
+from llmdistill.stages.distil import Distil
+from llmdistill.stages.import_rationales import ImportRationales
+from llmdistill.tasks.answers import Choice
 from llmdistill.tasks.sources.table import Table
 from llmdistill.tasks.task import Task
 from llmdistill.teach.rationale_files import export_rationales
 from llmdistill.teach.verify import Verification
+from llmdistill.train_settings import Steps, TrainSettings
 
-SVAMP = Path(__file__).parents[3] / "shared" / "data" / "svamp"
 ANSWER = Choice(choices=("yes", "no"))
-needs_svamp = pytest.mark.skipif(not SVAMP.is_dir(), reason="SVAMP is not here")
+FORMS = ("rows.jsonl", "rows.parquet", "dataset")
 
 
-def import_file(folder: Path, path: Path, **options: Any):
-    return Store(folder / "runs").build(ImportRationales(path=path, answer=ANSWER, **options))
-
-
-def lines(folder: Path, *rows: dict[str, Any]) -> Path:
-    path = folder / "rows.jsonl"
+def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "dataset"])
+def task_of(folder: Path, *rows: dict[str, Any]) -> Task:
+    """A task of these rows; where none is given, of one that no file here has."""
+    path = write_lines(folder / "task.jsonl", *(rows or ({"id": "elsewhere", "text": "elsewhere", "answer": None, "split": "train"},)))
+    return Task(
+        source=Table(path=path), answer=ANSWER, input_template="{text}", gold_column="answer", id_column="id", split_column="split", validation_share=0.3
+    )
+
+
+def import_file(folder: Path, path: Path, task: Task | None = None, **options: Any) -> Rationales:
+    return Store(folder / "runs").build(ImportRationales(path=path, task=task or task_of(folder), **options))
+
+
+def lines(folder: Path, *rows: dict[str, Any]) -> Path:
+    return write_lines(folder / "rows.jsonl", *rows)
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_our_exports_come_back_unchanged(tmp_path: Path, name: str) -> None:
     rows = [
         RationaleRow(id=f"r{number}", split=split, input=f"in {number}", label="no", rationale="It is.", gold=gold, confidence=confidence)
@@ -44,10 +60,33 @@ def test_our_exports_come_back_unchanged(tmp_path: Path, name: str) -> None:
 
 
 def test_three_columns_are_enough(tmp_path: Path) -> None:
-    row = {"input": "in", "label": "(Yes)", "rationale": " So. "}
-    rationales = import_file(tmp_path, lines(tmp_path, row, row), split="validation", model="somebody")
-    assert [dataclasses.astuple(row) for row in rationales.rows()] == [(f"row-{n}", "validation", "in", "yes", "So.", None, 1.0) for n in range(2)]
-    assert rationales.summary()["model"] == "somebody"
+    """The task says which row it is: a test row stays one, and is never taught."""
+    task = task_of(
+        tmp_path,
+        {"id": "a", "text": "one", "answer": "yes", "split": "train"},
+        {"id": "b", "text": "two", "answer": "no", "split": "test"},
+        {"id": "c", "text": "three", "answer": None, "split": "validation"},
+        {"id": "d", "text": "two", "answer": "no", "split": "train"},
+    )
+    texts = ["three", "two", "one", "one", "four"]
+    path = lines(tmp_path, *({"input": text, "label": "(Yes)", "rationale": " So. "} for text in texts))
+    rationales = import_file(tmp_path, path, task, model="somebody")
+    rows = [(row.id, row.split, row.input, row.gold) for row in rationales.rows()]
+    assert rows[:3] == [("c", "validation", "three", None), ("b", "test", "two", "no"), ("a", "train", "one", "yes")]
+    assert rows[3] == ("imported-3", "train", "one", "yes"), "the same text again: an id of its own, and the same split"
+    assert rows[4][0] == "imported-4"
+    assert rows[4][1] in ("train", "validation")
+    assert {(row.label, row.rationale, row.confidence) for row in rationales.rows()} == {("yes", "So.", 1.0)}
+    assert (rationales.summary()["model"], rationales.summary()["accuracy"], rationales.summary()["accuracy_train"]) == ("somebody", 0.0, 1.0)
+
+
+def test_texts_that_the_task_does_not_have_are_split_by_themselves_alone(tmp_path: Path) -> None:
+    rows = [{"input": f"in {number}", "label": "yes", "rationale": "So."} for number in range(200)]
+    first = {row.input: row.split for row in import_file(tmp_path, lines(tmp_path, *rows)).rows()}
+    second = {row.input: row.split for row in import_file(tmp_path, lines(tmp_path, *reversed(rows))).rows()}
+    assert first == second
+    assert set(first.values()) == {"train", "validation"}
+    assert 30 <= sum(split == "validation" for split in first.values()) <= 90
 
 
 def test_rows_that_cannot_be_taught_are_refused(tmp_path: Path) -> None:
@@ -76,73 +115,59 @@ def test_rows_that_cannot_be_taught_are_refused(tmp_path: Path) -> None:
         ({"input": "a", "label": "yes", "rationale": "So.", "split": "dev"}, "line 2: the split is 'dev'"),
         ({"input": "a", "label": "yes", "rationale": "So.", "gold": "maybe"}, "line 2: the known label 'maybe' is not one of"),
         ({"input": "a", "label": "yes", "rationale": "So.", "confidence": 2}, "line 2: the confidence is 2"),
+        ({"input": "tested", "label": "yes", "rationale": "So.", "split": "train"}, "line 2: the split is 'train', but .* among its test rows \\('t'\\)"),
+        ({"input": "tested", "label": "yes", "rationale": "So.", "split": "validation", "id": "t"}, "line 2: the split is 'validation', but"),
+        ({"input": "a", "label": "yes", "rationale": "So.", "id": "t"}, "line 2: the id 't' is that of a row of the task 'task' which reads 'tested'"),
     ],
 )
 def test_an_error_says_where(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    path = lines(tmp_path, {"id": "x", "input": "a", "label": "yes", "rationale": "So."}, row)
+    task = task_of(tmp_path, {"id": "t", "text": "tested", "answer": "yes", "split": "test"})
+    path = lines(tmp_path, {"id": "x", "input": "b", "label": "yes", "rationale": "So."}, row)
     with pytest.raises(ValueError, match=message):
-        import_file(tmp_path, path)
+        import_file(tmp_path, path, task)
 
 
 def test_the_key_follows_the_content(tmp_path: Path) -> None:
-    path = lines(tmp_path, {"input": "a", "label": "yes", "rationale": "So."})
-    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
-    assert ImportRationales(path=path, answer=ANSWER).key == ImportRationales(path=tmp_path / "copy.jsonl", answer=ANSWER).key
-    (tmp_path / "copy.jsonl").write_text(path.read_text().replace("So", "Or"))
-    assert ImportRationales(path=path, answer=ANSWER).key != ImportRationales(path=tmp_path / "copy.jsonl", answer=ANSWER).key
+    path, task = lines(tmp_path, {"input": "a", "label": "yes", "rationale": "So."}), task_of(tmp_path)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(path.read_bytes())
+    assert ImportRationales(path=path, task=task).key == ImportRationales(path=copy, task=task).key
+    copy.write_text(path.read_text().replace("So", "Or"))
+    assert ImportRationales(path=path, task=task).key != ImportRationales(path=copy, task=task).key
 
 
-def published(folder: Path, num_train: int = 30, num_test: int = 10) -> PublishedRationales:
-    """Sums, every fifth of them answered with a difference; the fourth test completion gives none."""
-    (folder / "llm").mkdir()
-    for split, num, first in (("train", num_train, 100), ("test", num_test, 500)):
-        rows = [{"input": f"Ann has {a} apples and Bob {a * 7}. How many?", "label": f"( {a}.0 + {a * 7}.0 )"} for a in range(first, first + num)]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        completions = [
-            f"Ann {a}, Bob {a * 7}. The answer is ({a} {'-' if a % 5 == 0 else '+'} {a * 7}).\n\nQ: {a + 1}? A: The answer is (1)."
-            for a in range(first, first + num)
-        ]
-        if split == "test":
-            completions[3] = "Ann 503, Bob 3521. 503 + "
-        (folder / "llm" / f"{split}_CoT_0.json").write_text(json.dumps(completions))
-    source = Table(path=folder / "train.jsonl", test_path=folder / "test.jsonl")
-    return PublishedRationales(task=Task(source=source, answer=Equation(), gold_column="label"), folder=folder / "llm")
+def test_import_on_the_command_line_builds_the_same_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = write_lines(tmp_path / "task.jsonl", {"id": "t", "text": "one", "answer": "yes", "split": "test"})
+    path = lines(tmp_path, {"input": "one", "label": "no", "rationale": "So."}, {"input": "two", "label": "no", "rationale": "So."})
+    option = f"choices:{task}?choices=yes,no&input={{text}}&gold=answer&id=id&split=split"
+    main(["import", str(path), "--task", option, "--model", "somebody"])
+    summary, _, folder = capsys.readouterr().out.rpartition("\n\n")
+    assert (json.loads(summary)["model"], json.loads(summary)["accuracy"]) == ("somebody", 0.0)
+    built = Rationales(Path(folder.strip()))
+    assert next((row.id, row.split) for row in built.rows()) == ("t", "test")
+    answer = Choice(choices=("yes", "no"), lettered=False)
+    same = Task(source=Table(path=task), answer=answer, input_template="{text}", gold_column="answer", id_column="id", split_column="split")
+    assert ImportRationales(path=path, task=same, model="somebody").key == built.folder.name
 
 
-def test_published_files_are_joined_with_their_rows(tmp_path: Path) -> None:
-    rationales = Store(tmp_path / "runs").build(published(tmp_path))
-    rows = {row.id: row for row in rationales.rows()}
-    assert len(rows) == 39
-    assert (rows["row-3"].label, rows["row-3"].rationale, rows["test-1"].split) == ("103 + 721", "Ann 103, Bob 721.", "test")
-    assert {row.split for row in rows.values()} == {"train", "validation", "test"}
-    assert [(row["id"], row["reason"]) for row in rationales.refused()] == [("test-3", "cut short before the answer was complete")]
-    assert (rationales.summary()["accuracy_train"], rationales.summary()["accuracy"]) == (0.8, 0.7)
-    figures = rationales.manifest()["figures"]
-    assert (figures["order_in_place_share"], figures["order_misplaced_share"]) == (1.0, 0.0)
-
-
-def test_a_published_file_without_its_rows_is_an_error_and_one_split_may_be_missing(tmp_path: Path) -> None:
-    stage = published(tmp_path)
-    (tmp_path / "llm" / "test_CoT_0.json").unlink()
-    assert len(Store(tmp_path / "one").build(stage).rows()) == 30
-    completions = json.loads((tmp_path / "llm" / "train_CoT_0.json").read_text())
-    (tmp_path / "llm" / "train_CoT_0.json").write_text(json.dumps(completions[:12] + completions[13:]))
-    with pytest.raises(ValueError, match=r"30 rows but 29 completions.*completion 12 of train_CoT_0.json"):
-        Store(tmp_path / "two").build(dataclasses.replace(stage))
-    (tmp_path / "llm" / "train_CoT_0.json").unlink()
-    with pytest.raises(ValueError, match=r"no train_CoT_0\.json"):
-        Store(tmp_path / "three").build(dataclasses.replace(stage))
-
-
-@needs_svamp
-def test_the_published_completions_for_svamp(tmp_path: Path) -> None:
-    """73.5% and 74.0% are published; see PublishedRationales for why we read more of the answers."""
-    source = Table(path=SVAMP / "svamp_train.json", test_path=SVAMP / "svamp_test.json")
-    task = Task(source=source, answer=Equation(), gold_column="label")
-    rationales = Store(tmp_path / "runs").build(PublishedRationales(task=task, folder=SVAMP / "llm"))
-    summary = rationales.summary()
-    assert (summary["accuracy_train"], summary["num_rows_accuracy_train"]) == (0.7425, 800)
-    assert (summary["accuracy"], summary["num_rows_accuracy"]) == (0.775, 200)
-    assert (summary["num_rows"], summary["num_completions"], summary["num_refused"]) == (1000, 1000, 39)
-    assert not any("Q:" in row.rationale for row in rationales.rows())
-    assert rationales.manifest()["figures"]["order_misplaced_share"] == 0.0
+def test_a_student_learns_the_same_from_every_form(tmp_path: Path) -> None:
+    """No teacher: from each kind of file to a checkpoint, with the same weights."""
+    rows = [{"id": f"m{n}", "text": f"number {n}", "answer": "no" if n % 2 else "yes", "split": "validation" if n % 5 == 0 else "train"} for n in range(20)]
+    task = task_of(tmp_path, *rows)
+    columns = [{"input": row["text"], "label": row["answer"], "rationale": f"{row['text']} is {'odd' if row['answer'] == 'no' else 'even'}."} for row in rows]
+    write_lines(tmp_path / "rows.jsonl", *columns)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(columns), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(columns).save_to_disk(str(tmp_path / "dataset"))
+    weights = []
+    for name in FORMS:
+        stage = Distil(
+            task=task,
+            rationales=ImportRationales(path=tmp_path / name, task=task),
+            student=ScratchT5(vocabulary_size=300),
+            settings=TrainSettings(batch_size=8, duration=Steps(2)),
+        )
+        checkpoint = Store(tmp_path / "runs").build(stage)
+        figures = checkpoint.manifest()["figures"]
+        assert (figures["num_train_examples"], figures["num_validation_examples"]) == (16, 4)
+        weights.append((checkpoint.folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] == weights[2]

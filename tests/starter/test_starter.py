@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import reviews
 
+from llmdistill.core.artifacts import Checkpoint, Rationales
 from llmdistill.core.graph import Graph
 from llmdistill.core.pipeline import load
+from llmdistill.core.store import Store
 from llmdistill.starter.guess import AnswerKind, Said, guess
 from llmdistill.starter.write import write
 from llmdistill.teach.openai_teacher import OpenAITeacher
@@ -85,6 +88,20 @@ def test_what_is_written_makes_a_graph_and_renders_its_rows(tmp_path: Path, said
     assert {"annotate", "label_only", "multitask", "report"} <= {stage.name for stage in graph.stages}
 
 
+def test_what_is_written_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline_path, _, _ = write("reviews", reviews.write_rows(tmp_path / "rows.jsonl"), Said(), tmp_path)
+    last = load(pipeline_path)(teacher=reviews.WordTeacher(), num_epochs=1, batch_size=16)
+    stages = {stage.name: stage for stage in Graph.above(last).stages}
+    store = Store(tmp_path / "store")
+    assert (store.build(stages["evaluate_baseline"]).folder / "predictions.jsonl").read_text()
+    rationales, student = store.build(stages["annotate"]), store.build(stages["multitask"])
+    assert isinstance(rationales, Rationales)
+    assert isinstance(student, Checkpoint)
+    assert (rationales.summary()["num_completions"], rationales.summary()["accuracy"]) == (40, 1.0)
+    assert [entry["technique"] for entry in student.lineage()] == ["initialise", "distil"]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     data = _reviews(tmp_path)
     write("reviews", data, Said(), tmp_path)
@@ -101,7 +118,10 @@ def test_from_the_command_line_to_a_plan(tmp_path: Path) -> None:
     assert "llmdistill run pipelines/reviews.py --dry-run" in made.stdout
     teacher = "openai:any?dollars_per_million_tokens_in=1&dollars_per_million_tokens_out=2"
     plan = subprocess.run([*command, "run", "reviews", "--teacher", teacher, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "num_rows=40" in plan.stdout
+    assert "num_rows=40, num_completions=40, num_completions_missing=40, tokens_in_estimated=" in plan.stdout
+    assert "cost_dollars_estimated=" in plan.stdout
+    plan = subprocess.run([*command, "run", "reviews", "--teacher", "openai:any", "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "cost" not in plan.stdout
     again = subprocess.run([*command, "init", "reviews", "--data", "rows.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "is there already" in again.stderr

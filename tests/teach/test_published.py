@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmdistill.teach.alignment import align
-from llmdistill.teach.published import check_published, read_published
+from llmdistill.teach.published import check_published, equation_by_published_rule, read_published
 
 SVAMP = Path(__file__).parents[3] / "shared" / "data" / "svamp"
 NAMES = ["Ann", "Bob", "Cyd", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon"]
@@ -118,3 +118,21 @@ def test_on_the_published_files_order_is_seen_and_exchanged_rows_are_found() -> 
     found = {place.index for place in align(texts, exchanged).misplaced}
     assert found <= set(order)
     assert len(found) >= 0.97 * len(order)
+
+
+@pytest.mark.parametrize(
+    "completion, equation",
+    [
+        ("They share 84. The answer is (84 / 2).\n\nQ: Next? A: 3. The answer is (3).", "(84 / 2)"),
+        ("So 12 - 2 is left. The answer is (12 - 2) - 7.", "(12 - 2)"),
+        ("The answer is ((17 + 3) and (6 - 2)).", "(6 - 2))"),
+        ("The answer is 84 / 2.", ""),
+        ("84 / 2 = 42.", ""),
+        ("The answer is (1). The answer is (2).", ""),
+        ("The answer is\n(1).", "(1)"),
+        ("The answer is (1\n+ 2).", ""),
+        ("Q: What? The answer is (1).", ""),
+    ],
+)
+def test_the_published_rule_takes_what_stands_in_brackets(completion: str, equation: str) -> None:
+    assert equation_by_published_rule(completion) == equation

@@ -1,17 +1,17 @@
-"""The vLLM teacher against a fake engine, and against vLLM itself where it is installed."""
+"""The vLLM teacher against a fake engine, and against vLLM itself and the transformers teacher where vLLM is installed."""
 
 import asyncio
 import importlib.util
 import sys
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from llmdistill.teach.teacher import Completion, Request, Sampling, Teacher, TeacherError
+from llmdistill.teach.transformers_teacher import TransformersTeacher
 from llmdistill.teach.vllm_teacher import VLLMTeacher
 
 SAMPLING = Sampling(max_tokens=6, stop=("\n",))
@@ -85,7 +85,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 
 
 def test_completions_are_handed_over_as_they_finish(folder: Path, fake: type[FakeEngine]) -> None:
-    teacher: Teacher = VLLMTeacher(source=str(folder), tensor_parallel_size=2, data_parallel_size=3, memory_share=0.5)
+    teacher: Teacher = VLLMTeacher(source=str(folder), tensor_parallel_size=2, data_parallel_size=3, memory_share=0.5, compile=False)
     order: list[int] = []
     completions: dict[int, Completion] = {}
 
@@ -99,7 +99,7 @@ def test_completions_are_handed_over_as_they_finish(folder: Path, fake: type[Fak
     assert (completions[0].tokens_in, completions[0].tokens_out, completions[0].finish_reason) == (60, 3, "stop")
     started = fake.started
     assert (started.model, started.revision, started.tensor_parallel_size, started.data_parallel_size) == (str(folder), None, 2, 3)
-    assert (started.enable_prefix_caching, started.max_model_len, started.gpu_memory_utilization) == (True, 256, 0.5)
+    assert (started.enable_prefix_caching, started.enforce_eager, started.max_model_len, started.gpu_memory_utilization) == (True, True, 256, 0.5)
     assert fake.is_shut_down
     _, params, _ = fake.generated[0]
     assert (params.max_tokens, params.temperature, params.top_p, params.stop, params.seed) == (6, 0.0, 1.0, ["\n"], None)
@@ -153,19 +153,56 @@ def test_without_vllm_the_error_says_what_to_install(folder: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.filterwarnings("default")
-def test_vllm_gives_the_tokens_of_transformers(folder: Path) -> None:
-    import torch
-    import transformers
+@pytest.mark.timeout(1800)  # an engine starts three times, in processes of its own
+def test_vllm_gives_the_completions_of_bare_vllm_and_of_transformers(folder: Path) -> None:
+    requests = [Request(prompt=f"A prefix that is shared by all of the prompts. {number}: ") for number in range(12)]
+    greedy = Sampling(max_tokens=24)
+    plain = completed(TransformersTeacher(source=str(folder), batch_size=5), requests, greedy)
+    stop = plain[0].text[6:8]  # two tokens that the first row says
+    greedy = Sampling(max_tokens=24, stop=(stop,))
+    sampled = Sampling(max_tokens=12, temperature=0.9, top_p=0.95, seed=5)
+    both = [Request(prompt=request.prompt, sample_index=index) for request in requests[:4] for index in range(2)]
+    teacher = VLLMTeacher(source=str(folder), dtype="float32", memory_share=0.1, compile=False)
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = [f"A prefix that is shared by all of the prompts. {number}: " for number in range(12)]
-    expected = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
-        expected.append(tokenizer.decode(output, skip_special_tokens=True))
+    of_greedy, of_sampled = completed(teacher, requests, greedy), completed(teacher, both, sampled)
+    bare = bare_vllm(folder, [(requests, greedy), (both, sampled)])
+    assert without_seconds(of_greedy) == bare[0]
+    assert without_seconds(of_sampled) == bare[1]
+    assert without_seconds(of_greedy) == without_seconds(completed(TransformersTeacher(source=str(folder)), requests, greedy))
+    assert {completion.finish_reason for completion in of_greedy} == {"stop", "length"}
+    assert len({completion.text for completion in of_sampled}) > len(both) / 2
+    assert all(completion.seconds > 0 for completion in of_greedy)
+
+
+def completed(teacher: Teacher, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """The completions in the order of the requests."""
     completions: dict[int, Completion] = {}
-    teacher = VLLMTeacher(source=str(folder), dtype="float32", memory_share=0.1)
-    teacher.complete([Request(prompt=prompt) for prompt in prompts], Sampling(max_tokens=8), completions.__setitem__)
-    assert [completions[index].text for index in range(len(prompts))] == expected
+    teacher.complete(requests, sampling, completions.__setitem__)
+    return [completions[index] for index in range(len(requests))]
+
+
+def without_seconds(completions: Sequence[Completion]) -> list[tuple[str, int, int, str]]:
+    return [(completion.text, completion.tokens_in, completion.tokens_out, completion.finish_reason) for completion in completions]
+
+
+def bare_vllm(folder: Path, asked: Sequence[tuple[Sequence[Request], Sampling]]) -> list[list[tuple[str, int, int, str]]]:
+    """What vLLM's own offline class says, without anything of ours."""
+    import vllm  # pyright: ignore[reportMissingImports] - in an environment of its own
+
+    engine = vllm.LLM(model=str(folder), dtype="float32", max_model_len=256, gpu_memory_utilization=0.1, enforce_eager=True)
+    answers = []
+    for requests, sampling in asked:
+        params = [
+            vllm.SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                stop=list(sampling.stop),
+                seed=sampling.seed + request.sample_index,
+            )
+            for request in requests
+        ]
+        outputs = engine.generate([request.prompt for request in requests], params, use_tqdm=False)
+        results = [(output, output.outputs[0]) for output in outputs]
+        answers.append([(result.text, len(output.prompt_token_ids), len(result.token_ids), result.finish_reason) for output, result in results])
+    return answers
