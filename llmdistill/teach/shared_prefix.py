@@ -10,7 +10,9 @@ Shapes: B rows, L new tokens a row, H query heads, K key/value heads, G query he
 S slots.
 """
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,14 @@ def shared_length(prompts: Sequence[list[int]]) -> int:
     return next((i for i in range(most) if first[i] != last[i]), most)
 
 
+def with_cache(model: nn.Module, cache: object) -> dict[str, Any]:
+    """The arguments that hand a model of transformers its cache; the name changed in 5.24, and the old one warns since."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 class SharedPrefixCache:
-    """Keys and values of one prefix, and of what each slot holds after it; passed to the model as its ``past_key_values``."""
+    """Keys and values of one prefix, and of what each slot holds after it; passed to the model as its cache."""
 
     def __init__(self, prefix: Sequence[tuple[Tensor, Tensor]], num_slots: int, capacity: int) -> None:
         self.prefix_keys = [keys for keys, _ in prefix]  # each K P C
@@ -51,8 +59,11 @@ class SharedPrefixCache:
         mask_BLT = torch.arange(self._held, device=lengths_B.device) <= self._positions_BL[..., None]
         return self._positions_BL + self.prefix_length, mask_BLT[:, None]
 
-    def update(self, keys_BKLC: Tensor, values_BKLC: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of one layer and give all that the rows hold after the prefix (called by the model's attention)."""
+    def update(self, keys_BKLC: Tensor, values_BKLC: Tensor, layer_idx: int, **_: object) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of one layer and give all that the rows hold after the prefix (called by the model's attention).
+
+        Since 5.24 transformers hands over the other arguments of attention as well, for caches of quantized or linear attention.
+        """
         rows = torch.arange(self._slots.start, self._slots.stop, device=keys_BKLC.device)[:, None]
         for store, new in ((self.keys[layer_idx], keys_BKLC), (self.values[layer_idx], values_BKLC)):
             store[rows, :, self._positions_BL] = new.transpose(1, 2)
@@ -107,7 +118,8 @@ def prefill_prefix(model: PreTrainedModel, prefix: Sequence[int], num_slots: int
     assert model.config._attn_implementation != ATTENTION, "a model attends through one cache"
     _check_attention(model, len(prefix) + capacity)
     held = DynamicCache(config=model.config)
-    model.get_decoder()(torch.tensor([list(prefix) or [0]], device=model.device), past_key_values=held, use_cache=True)
+    decoder = model.get_decoder()
+    decoder(torch.tensor([list(prefix) or [0]], device=model.device), **with_cache(decoder, held))
     layers = [(keys[0, :, : len(prefix)], values[0, :, : len(prefix)]) for keys, values, _ in held if keys is not None and values is not None]
     if len(layers) != model.config.num_hidden_layers:
         raise ValueError(f"{type(model).__name__} has layers without keys and values of their own, which a shared prefix does not do: {ELSEWHERE}")

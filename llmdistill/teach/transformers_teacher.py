@@ -107,7 +107,7 @@ class _Batch:
     def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[list[int]], requests: Sequence[Request], sampling: Sampling, batch_size: int) -> None:
         from llmdistill.decode.decoding import Decoding
         from llmdistill.decode.sampling import row_generator
-        from llmdistill.teach.shared_prefix import prefill_prefix, shared_length
+        from llmdistill.teach.shared_prefix import prefill_prefix, shared_length, with_cache
 
         self.clock = time.perf_counter()
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -117,6 +117,7 @@ class _Batch:
         self.num_slots = min(batch_size, len(prompts))
         capacity = max(map(len, prompts)) - self.prefix_length + sampling.max_tokens
         self.cache = prefill_prefix(model, prompts[0][: self.prefix_length], self.num_slots, capacity)
+        self.with_cache = with_cache(model, self.cache)
         self.waiting = [
             _Active(index, prompts[index][self.prefix_length :], row_generator(sampling.seed + requests[index].sample_index, prompts[index]))
             for index in reversed(_order(prompts, self.num_slots))
@@ -174,7 +175,7 @@ class _Batch:
         # The head sees only the last token of each row; called inside the model, so that what the model does to its logits is done to these.
         only_last = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows_B, num_new_B - 1][:, None],))
         try:
-            logits_B1V = self.model(input_ids=ids_BL, position_ids=position_ids_BL, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+            logits_B1V = self.model(input_ids=ids_BL, position_ids=position_ids_BL, attention_mask=mask, **self.with_cache).logits
         finally:
             only_last.remove()
         self.cache.lengths_S[slots] += num_new_B

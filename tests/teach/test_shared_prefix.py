@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from llmdistill.teach.shared_prefix import SharedPrefixCache, prefill_prefix, shared_length
+from llmdistill.teach.shared_prefix import SharedPrefixCache, prefill_prefix, shared_length, with_cache
 
 NUM_TOKENS = 50
 SHAPE: dict[str, Any] = {
@@ -63,7 +63,7 @@ def feed(model: Any, cache: SharedPrefixCache, first_slot: int, new: Sequence[Se
     slots = slice(first_slot, first_slot + len(new))
     position_ids, mask = cache.begin(slots, longest)
     ids_BL = torch.tensor([[*row, *[7] * (longest - len(row))] for row in new])
-    logits_BLV = model(input_ids=ids_BL, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    logits_BLV = model(input_ids=ids_BL, position_ids=position_ids, attention_mask=mask, **with_cache(model, cache)).logits
     cache.lengths_S[slots] += torch.tensor([len(row) for row in new])
     return [logits_BLV[index, : len(row)] for index, row in enumerate(new)]
 
