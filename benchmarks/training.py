@@ -11,7 +11,8 @@ On a busy machine the ratio of the CPU seconds says more; on one that is idle th
 own forward pass on rows that none of them saw: at the same loss the ratio means something, at another it does not.
 
 "shared encoder" is our other form of the same two tasks, which the plain loop does not have; the model then reads each text once. Its prompts differ, so
-its loss is its own.
+its loss is its own. In the two-pass form six parts in ten of our time are the matrix products that the plain loop needs as well, so it cannot be twice as
+fast; reading each text once is what gets there.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ def main() -> None:
         optimizer=AdamW(weight_decay=0.0),
         best=Best.LAST,
     )
-    ratios = [_compare(T5Size(size), rows, settings, arguments.rounds) for size in arguments.sizes]
-    print(f"goal {GOAL} for two-pass: {'met' if min(ratios) >= GOAL else 'missed'} (lowest median ratio {min(ratios):.2f})")
+    compared = [_compare(T5Size(size), rows, settings, arguments.rounds) for size in arguments.sizes]
+    for form in compared[0]:
+        lowest = min(ratios[form] for ratios in compared)
+        print(f"goal {GOAL}, {form}: {'met' if lowest >= GOAL else 'missed'} (lowest median ratio {lowest:.2f})")
 
 
 def _rows() -> dict[str, list[RationaleRow]]:
@@ -99,8 +102,8 @@ class Side:
     validation: Sequence[Example]
 
 
-def _compare(size: T5Size, rows: dict[str, list[RationaleRow]], settings: TrainSettings, num_rounds: int) -> float:
-    """Prints a line for each side; the plain loop's seconds over those of our two-pass form."""
+def _compare(size: T5Size, rows: dict[str, list[RationaleRow]], settings: TrainSettings, num_rounds: int) -> dict[str, float]:
+    """Prints a line for each side; the plain loop's seconds over those of each of our forms."""
     lessons = {split: [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in some] for split, some in rows.items()}
     texts = [text for lesson in lessons["train"] for text in ("predict: " + lesson.input, lesson.label, "explain: " + lesson.input, lesson.rationale)]
     model, tokenizer = ScratchT5(size=size).prepare(texts, seed=0)
@@ -134,7 +137,7 @@ def _compare(size: T5Size, rows: dict[str, list[RationaleRow]], settings: TrainS
             f"loss afterwards: label {label:.3f} rationale {rationale:.3f} together {label + RATIONALE_WEIGHT * rationale:.3f} nats/token",
             flush=True,
         )
-    return ratios["ours, two pass"]
+    return {name: ratio for name, ratio in ratios.items() if name != PLAIN}
 
 
 def _ratios(seconds: dict[str, list[float]], name: str) -> list[float]:
