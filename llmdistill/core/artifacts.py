@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COMPRESSION = "compression.json"
+"""Beside a checkpoint that was compressed: what was done to each layer, for the report."""
+
 
 @dataclass(frozen=True)
 class Artifact:

@@ -77,6 +77,10 @@ class ModelSource:
         """The identity in a stage's key; files count by content, so moving or renaming them changes nothing."""
         return {"hub": self._hub_id, "revision": self.revision} if self._is_hub else {"files": self.revision}
 
+    def folder(self) -> Path | None:
+        """The folder that it is; None where it is a file, a package's or the hub's."""
+        return self._path() if self._is_path and self._path().is_dir() else None
+
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
         """Its config, without its weights."""

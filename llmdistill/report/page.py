@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.report import charts, figures
+from llmdistill.report.compression_charts import Point, layer_map, trade_off
 from llmdistill.report.pipeline_chart import pipeline_chart
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -29,6 +30,7 @@ class Section:
 
 SECTIONS = (
     Section(anchor="students", title="Students side by side", is_wanted=lambda report: bool(report["students"])),
+    Section(anchor="compression", title="Compression", is_wanted=lambda report: bool(report.get("compression"))),
     Section(
         anchor="errors",
         title="Where the students err",
@@ -55,6 +57,8 @@ def render(report: Data) -> str:
         student_panels=student_panels,
         training_charts=training_charts,
         confusion_map=confusion_map,
+        layer_map=layer_map,
+        trade_offs=trade_offs,
     )
     sections = [section for section in SECTIONS if section.is_wanted(report)]
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
@@ -83,6 +87,25 @@ def student_panels(report: Data) -> str:
         charts.Measure(title="tokens/s, 32 rows", values=[entry.get("tokens_per_second_batch_32") for entry in entries], show=figures.compact),
     ]
     return charts.panels([str(entry["name"]) for entry in entries], shown_colours, measures, label="Students side by side")
+
+
+def trade_offs(report: Data) -> list[str]:
+    """Accuracy of each student, and held-out loss of each compressed one, against the kept share of the largest one's bytes."""
+    largest = max(student["weight_bytes"] for student in report["students"])
+    accuracies = [
+        Point(name=student["name"], share=student["weight_bytes"] / largest, quality=student["accuracy"], interval=student["accuracy_ci95"])
+        for student in report["students"]
+        if student["accuracy"] is not None
+    ]
+    compressed = report["compression"]
+    losses = [Point(name="uncompressed", share=1.0, quality=compressed[0]["before"]["held_out_loss_nats"])] + [
+        Point(name=student["name"], share=student["after"]["weight_bytes"] / student["before"]["weight_bytes"], quality=student["after"]["held_out_loss_nats"])
+        for student in compressed
+    ]
+    return [
+        trade_off(accuracies, title="accuracy on test rows, 95% interval", show=figures.percent),
+        trade_off(losses, title="loss on held-out rows, nats", show=figures.significant),
+    ]
 
 
 def training_charts(report: Data) -> list[str]:

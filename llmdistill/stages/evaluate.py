@@ -65,7 +65,7 @@ class Evaluate(Stage[Evaluation]):
         folder = run.artifact(self.checkpoint).folder
         rows = scoring.rows_of_split(self.task, self.split)
         teacher = scoring.teacher_answers(run.artifact(self.rationales)) if self.rationales else {}
-        device = _device()
+        device = device_name()
         resident_bytes = _resident_memory_bytes()
         student = Answering.load(folder, device=device, max_batch_rows=self.max_batch_rows)
         texts = [self.task.text(row) for row in rows]
@@ -137,7 +137,8 @@ def _samples(
     ]
 
 
-def _device() -> str:
+def device_name() -> str:
+    """Where evaluation runs: on an accelerator of NVIDIA if there is one, else on the CPU."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,6 +10,7 @@ What stands in report.json (units in the names; null where a figure cannot be kn
     teacher      model, accuracy, num_completions, num_refused, tokens_in, tokens_out, and the rest of the annotation's account
     refused      by_reason, examples
     training     name, points: what each training logged, by step
+    compression  name, before, after, steps: what each compression did to each layer
     samples      a few rows with what the teacher and each student said
     stages       name, key, seconds, cached, depends_on
 """
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmdistill.core.artifacts import Evaluation, Rationales, Report, read_json_lines
+from llmdistill.core.artifacts import COMPRESSION, Evaluation, Rationales, Report, read_json, read_json_lines
 from llmdistill.core.graph import Graph
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage, upstream
@@ -85,6 +86,7 @@ class ReportStage(Stage[Report]):
             "teacher": teacher,
             "refused": _refused(run.artifact(self.rationales)) if self.rationales else {"by_reason": {}, "examples": {}},
             "training": self._training(run, [stage.checkpoint.name for stage in self.evaluations]),
+            "compression": self._compression(run),
             "samples": _samples({student["name"]: student for student in students}),
             "machine": students[0]["machine"],
             "stages": self._stages(run, start),
@@ -116,6 +118,12 @@ class ReportStage(Stage[Report]):
             if steps:
                 histories.append({"name": names[manifest["key"]], "points": [steps[step] for step in sorted(steps)]})
         return sorted(histories, key=lambda history: first.index(history["name"]) if history["name"] in first else len(first))
+
+    def _compression(self, run: Run) -> list[dict[str, Any]]:
+        """What every stage above that compressed a student says of it."""
+        names = {stage.key: stage.name for stage in Graph.above(self).stages}
+        paths = {manifest["key"]: _folder(run, manifest["key"]) / COMPRESSION for manifest in run.above()}
+        return [{"name": names[key], **read_json(path)} for key, path in paths.items() if path.is_file()]
 
     def _stages(self, run: Run, start: float) -> list[dict[str, Any]]:
         """Every stage of the pipeline, this one last, with the time up to here."""
