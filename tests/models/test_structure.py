@@ -204,7 +204,7 @@ def test_the_auto_classes_refuse_tensors_that_do_not_fit(
 @pytest.mark.parametrize(
     "path, settings, message",
     [
-        ("encoder.block.0", {"kind": "tucker"}, "kind 'tucker' at 'encoder.block.0'.*upgrade"),
+        ("encoder.block.0", {"kind": "butterfly"}, "kind 'butterfly' at 'encoder.block.0'.*upgrade"),
         ("encoder.block.9", {"kind": "low_rank", "rank": 2}, "no such module"),
         ("encoder.block.0", {"kind": "low_rank", "rank": 2}, "does not fit at 'encoder.block.0': .*T5Block"),
         ("lm_head", {"kind": "low_rank", "rank": 17}, "does not fit at 'lm_head': rank is 17"),
