@@ -47,9 +47,10 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in parameter_name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif parameter_name.endswith("proj.weight"):  # transformers draws them with standard deviation 0.02, which hardly says anything at this width
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model.to(dtype).eval()
+        elif parameter_name.endswith("proj.weight") or (name, parameter_name) == ("t5 v1.1", "lm_head.weight"):
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)  # as drawn they are so small that they would hardly matter
+        parameter.data = parameter.data.to(dtype)  # and not the rotary embedding's buffers, which loading leaves in float32 as well
+    return model.eval()
 
 
 def rows(num: int, *, seed: int = 0) -> list[Example]:
