@@ -1,6 +1,5 @@
 """Distil: a student learns what can be learned, in every form; the checkpoint is ordinary; a killed or stopped training ends in the same one."""
 
-import json
 import math
 import os
 import random
@@ -8,28 +7,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_task import WORDS, Written, messages, rationales, tiny_student
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoModelForSeq2SeqLM
 
 from llmdistill import train_state
-from llmdistill.core.artifacts import RationaleRow, Rationales, read_json, read_json_lines
-from llmdistill.core.run import Run
-from llmdistill.core.stage import Stage, upstream
+from llmdistill.core.artifacts import read_json, read_json_lines
+from llmdistill.core.stage import upstream
 from llmdistill.core.store import Store
 from llmdistill.losses.multitask import Form, LabelOnly, Multitask, RationaleOnly
 from llmdistill.models import checkpoint
 from llmdistill.models.student import Pretrained, ScratchCausal, ScratchT5, Student, T5Form
-from llmdistill.models.t5 import new_t5
-from llmdistill.models.tokenizer import train_tokenizer
 from llmdistill.stages.answering import EXPLAIN, PREDICT, Answering
 from llmdistill.stages.distil import Distil, Labels, LoRA
 from llmdistill.tasks.answers.choice import Choice
@@ -37,61 +34,12 @@ from llmdistill.tasks.sources.table import Table
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, Steps, Tracker, TrainSettings
 
-WORDS = {"refund": ("money", "owed"), "cancel": ("stop", "end"), "delivery": ("parcel", "late")}
-AROUND = ["i", "the", "my", "please", "it", "was", "for", "and", "to", "order", "very", "so"]
-
-
-def messages(num: int, seed: int) -> Iterator[dict[str, str]]:
-    """Messages that one word decides; the rest is chance."""
-    chance = random.Random(seed)
-    for _ in range(num):
-        label = chance.choice(list(WORDS))
-        word = chance.choice(WORDS[label])
-        words = chance.choices(AROUND, k=chance.randint(1, 4))
-        words.insert(chance.randint(0, len(words)), word)
-        yield {"input": " ".join(words), "label": label, "rationale": f"It says {word}."}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written(Stage[Rationales]):
-    """Rationales as they are written here."""
-
-    artifact = Rationales
-    rows: tuple[RationaleRow, ...]
-
-    def build(self, run: Run) -> Mapping[str, int]:
-        (run.folder / "rationales.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in self.rows))
-        (run.folder / "summary.json").write_text(json.dumps({"model": "somebody", "revision": "1"}))
-        return {}
-
-
-def rationales(*, num_train: int = 256, num_validation: int = 30, change: Callable[[int], dict[str, Any]] = lambda number: {}) -> Written:
-    """Messages of all splits; `change` gives other values for some columns, by the row's number in its split."""
-    rows: list[dict[str, Any]] = [
-        {"id": f"{split}-{number}", "split": split, "gold": None, "confidence": 1.0} | message | change(number)
-        for split, num, seed in (("train", num_train, 0), ("validation", num_validation, 1), ("test", 5, 2))
-        for number, message in enumerate(messages(num, seed))
-    ]
-    return Written(rows=tuple(RationaleRow(**row) for row in rows))
-
 
 def distil(folder: Path, *, given: Written | None = None, **settings: Any) -> Distil:
     """The stage, with a task whose file is in `folder`."""
     (folder / "rows.jsonl").write_text('{"input": "stop"}\n')
     task = Task(name="words", source=Table(path=folder / "rows.jsonl"), answer=Choice(choices=tuple(WORDS), lettered=False))
     return Distil(task=task, rationales=given or rationales(), **settings)
-
-
-def tiny_student(folder: Path) -> Pretrained:
-    """A T5 of a few thousand parameters, as a folder."""
-    tokenizer = train_tokenizer([message["input"] for message in messages(50, 3)], 300, lower_case=False, ends_every_text=True)
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 1, "vocab_size": len(tokenizer)}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    rest: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.1}
-    model = new_t5(T5Config(**shape, **ids, **rest))
-    checkpoint.save(model, tokenizer, folder, lineage=[{"technique": "initialise"}], card="")
-    return Pretrained(source=str(folder))
 
 
 SHORT = TrainSettings(batch_size=8, duration=Steps(12), learning_rate=3e-3, log_every_steps=1, evaluate_every_steps=5)
