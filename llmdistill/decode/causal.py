@@ -210,7 +210,7 @@ def _layer(layer: Any) -> Layer:
         qkv=modules.joint_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
         add_output=modules.residual_linear(attention.o_proj),
         feed_forward=feed_forward(layer.post_attention_layernorm, layer.mlp),
-        num_heads=attention.config.num_key_value_heads,
+        num_heads=attention.k_proj.out_features // attention.head_dim,  # a layer's own: layers may differ (models/resized.py)
         num_groups=attention.num_key_value_groups,
         head_width=attention.head_dim,
         scale=attention.scaling,

@@ -62,7 +62,7 @@ class T5Decoder:
         self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
         self.norm = modules.norm(model.decoder.final_layer_norm)
         scales_output = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-        self.output_scale = config.d_model**-0.5 if scales_output else 1.0
+        self.output_scale = model.model_dim**-0.5 if scales_output else 1.0
         self.head = modules.head(model.lm_head)
         self.clamp = clamp_float16 if self.dtype == torch.float16 else keep
         # Encoding a few prompts at a time keeps the feed-forward's activations in a CPU's cache.

@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from llmdistill.models.resized import sizes_of
 from llmdistill.models.structure import structure_of, ties_of
 from llmdistill.models.structured import STOCK_AND_STRUCTURED, refuse_partial
 from llmdistill.models.t5 import protect_head, saved_tie
@@ -116,14 +117,16 @@ def _built_again(model: PreTrainedModel) -> PreTrainedModel:
     else:
         names = ", ".join(stock.__name__ for stock, _ in STOCK_AND_STRUCTURED)
         raise ValueError(f"a {type(model).__name__} cannot be saved as a checkpoint: use one of {names} (unwrap it first, and merge adapters into it)")
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "transformers_version", "structure", "ties")}
+    settings = {
+        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "transformers_version", "structure", "ties", "sizes")
+    }
     settings["dtype"] = model.dtype
     settings["tie_word_embeddings"] = saved_tie(model)
-    structure, ties = structure_of(model), ties_of(model)
+    structure, ties, sizes = structure_of(model), ties_of(model), sizes_of(model)
     plain = _without_memory(stock, settings)
-    if not structure and ties.items() <= plain.all_tied_weights_keys.items():
+    if not structure and not sizes and ties.items() <= plain.all_tied_weights_keys.items():
         return plain
-    return _without_memory(structured, settings | {"structure": structure, "ties": ties})
+    return _without_memory(structured, settings | {"structure": structure, "ties": ties, "sizes": sizes})
 
 
 def _without_memory(model_class: Any, settings: dict[str, Any]) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """The stock classes with a structure: what transformers' Auto classes build for a checkpoint of ours that is not plain.
 
-Each is the stock class; after its own construction the modules that the config names are swapped in and the config's ties take the place of the stock
-ones. Loading is transformers' own (dtype, device_map, sharding and the rest work as usual), but strict: a tensor that is missing, left over or of another
+Each is the stock class; after its own construction layers get the config's sizes, the modules that it names are swapped in, and its ties take the place of the
+stock ones. Loading is transformers' own (dtype, device_map, sharding and the rest work as usual), but strict: a tensor that is missing, left over or of another
 shape is an error and never a random weight.
 """
 
@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
+from llmdistill.models.resized import resize, sizes_of
 from llmdistill.models.structure import install, structure_of, ties_of
 from llmdistill.models.structured_config import StructuredLlamaConfig, StructuredQwen2Config, StructuredT5Config
 
@@ -27,6 +28,7 @@ class _Structured(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        resize(self, config.sizes or {})
         install(self, config.structure or {})
         self._has_structure = True
         self._replace_ties(config.ties or {})
@@ -55,6 +57,7 @@ class _Structured(PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.config.structure = structure_of(self)
         self.config.ties = ties_of(self)
+        self.config.sizes = sizes_of(self)
         super().save_pretrained(*args, **kwargs)
 
 

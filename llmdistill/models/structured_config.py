@@ -1,4 +1,4 @@
-"""The configs of models with a structure: the stock config, and beside it `structure` and `ties` (see structure.py).
+"""The configs of models with a structure: the stock config, and beside it `structure` and `ties` (see structure.py) and `sizes` (resized.py).
 
 Separate model types, so that stock transformers says that it does not know them and never loads half of one. A config class is all that is registered up
 front, since it costs no torch; the first config that is made brings its model class along.
@@ -19,6 +19,7 @@ class StructuredT5Config(T5Config):
     model_type = "llmdistill_t5"
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
+    sizes: dict[str, dict[str, list[int]]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -31,6 +32,7 @@ class StructuredLlamaConfig(LlamaConfig):
     model_type = "llmdistill_llama"
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
+    sizes: dict[str, dict[str, list[int]]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -43,6 +45,7 @@ class StructuredQwen2Config(Qwen2Config):
     model_type = "llmdistill_qwen2"
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
+    sizes: dict[str, dict[str, list[int]]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
