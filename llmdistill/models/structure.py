@@ -22,9 +22,10 @@ from torch import nn
 from llmdistill.models.int4_linear import Int4Linear
 from llmdistill.models.low_rank_embedding import LowRankEmbedding
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.stored_linear import StoredLinear
 from llmdistill.models.tensor_linear import CPLinear, TuckerLinear
 
-KINDS: tuple[Any, ...] = (LowRankLinear, LowRankEmbedding, Int4Linear, TuckerLinear, CPLinear)
+KINDS: tuple[Any, ...] = (LowRankLinear, LowRankEmbedding, Int4Linear, StoredLinear, TuckerLinear, CPLinear)
 """Every kind there is (module classes as kind.py describes). A new technique adds its class here."""
 
 
