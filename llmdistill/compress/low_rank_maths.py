@@ -98,6 +98,12 @@ def spectrum(weight_OI: Tensor, gram_II: Tensor | None) -> Spectrum:
     return Spectrum(energy_K=energy_K.flip(0).clamp(min=0), left_OK=left_KK if basis_OK is None else basis_OK @ left_KK)
 
 
+def lost_energy(weight_OI: Tensor, spectrum: Spectrum, gram_II: Tensor) -> Float[Tensor, " K"]:
+    """What leaving out each direction of a spectrum, of whatever form, adds to the squared error of the outputs on these inputs."""
+    down_KI = spectrum.left_OK.t() @ weight_OI.detach().double()
+    return ((down_KI @ gram_II.double()) * down_KI).sum(1).clamp(min=0)
+
+
 def factors(weight_OI: Tensor, spectrum: Spectrum, rank: int) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
     """up and down, with up @ down = U_R U_R^T W, in float64.
 
