@@ -53,12 +53,25 @@ class _Stacked:
     def weight_MDN(self) -> Tensor:
         return maths.stack_heads([(part.linear.weight, part.reads_heads) for part in self.parts], self.head_width)
 
-    def whitened_MDN(self) -> tuple[Tensor, Tensor | None]:
-        """The tensor to decompose, and what its model width is to be multiplied by afterwards."""
-        if self.gram is None:
-            return self.weight_MDN(), None
-        root_MM, inverse_MM = maths.whitener(self.gram.matrix_II)
-        return maths.times(self.weight_MDN(), root_MM, 0), inverse_MM
+    def prepared(self) -> _Prepared:
+        """The tensor to decompose: whitened, and every matrix of it of norm 1."""
+        weight_MDN, inverse_MM = self.weight_MDN(), None
+        if self.gram is not None:
+            root_MM, inverse_MM = maths.whitener(self.gram.matrix_II)
+            weight_MDN = maths.times(weight_MDN, root_MM, 0)
+        norm_N = torch.ones(weight_MDN.shape[2], dtype=weight_MDN.dtype, device=weight_MDN.device)
+        for part in self.parts:
+            norm_N[part.heads] = float(weight_MDN[..., part.heads].norm()) or 1.0
+        return _Prepared(weight_MDN / norm_N, inverse_MM, norm_N)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is decomposed, and what the factors are to be multiplied by afterwards."""
+
+    weight_MDN: Tensor
+    inverse_MM: Tensor | None
+    norm_N: Tensor
 
 
 @torch.no_grad()
@@ -116,21 +129,22 @@ def _ranks(method: Tucker | CP, tensor: _Stacked) -> tuple[tuple[int, ...], int]
     if isinstance(method.keep, tuple):
         ranks = maths.possible_ranks(shape, method.keep)
     else:
-        ranks = maths.tucker_ranks(tensor.whitened_MDN()[0], int(method.keep * weight_MDN.numel()))
+        ranks = maths.tucker_ranks(tensor.prepared().weight_MDN, int(method.keep * weight_MDN.numel()))
     return ranks, maths.tucker_parameters(shape, ranks)
 
 
 def _replace(method: Tucker | CP, model: PreTrainedModel, tensor: _Stacked, ranks: tuple[int, ...]) -> Iterator[Layer]:
     """Put the modules of one tensor in their places, and say so."""
-    weight_MDN, inverse_MM = tensor.whitened_MDN()
+    prepared = tensor.prepared()
     factors: Factors
     if isinstance(method, Tucker):
-        factors = maths.tucker(weight_MDN, ranks, sweeps=method.sweeps)
+        factors = maths.tucker(prepared.weight_MDN, ranks, sweeps=method.sweeps)
     else:
-        factors = maths.cp(weight_MDN, ranks[0], sweeps=method.sweeps)
-    error = float((factors.dense_MDN() - weight_MDN).norm()) / (float(weight_MDN.norm()) or 1.0)
-    if inverse_MM is not None:
-        factors = maths.with_width_times(factors, inverse_MM)
+        factors = maths.cp(prepared.weight_MDN, ranks[0], sweeps=method.sweeps)
+    difference_MDN = factors.dense_MDN() - prepared.weight_MDN
+    factors = maths.with_heads_times(factors, prepared.norm_N)
+    if prepared.inverse_MM is not None:
+        factors = maths.with_width_times(factors, prepared.inverse_MM)
     dtype, device = tensor.parts[0].linear.weight.dtype, tensor.parts[0].linear.weight.device
 
     def parameter(factor: Tensor) -> nn.Parameter:
@@ -141,8 +155,8 @@ def _replace(method: Tucker | CP, model: PreTrainedModel, tensor: _Stacked, rank
         weight_OI = part.linear.weight.double()
         figures = {name: float(rank) for name, rank in zip(RANK_NAMES, ranks, strict=False)}
         figures["relative_weight_error"] = float((_dense_OI(module) - weight_OI).norm()) / (float(weight_OI.norm()) or 1.0)
-        if inverse_MM is not None:
-            figures["relative_error"] = error  # one for the tensor: the outputs of all its linears together
+        if tensor.gram is not None:
+            figures["relative_error"] = float(difference_MDN[..., part.heads].norm())  # every matrix has norm 1 there
         model.set_submodule(part.slot.path, module.train(part.linear.training))
         yield Layer(path=part.slot.path, kind=module.kind, note=_note(tensor.gram), figures=figures)
 

@@ -190,6 +190,16 @@ def with_width_times(factors: Factors, matrix_MM: Tensor) -> Factors:
     return TuckerFactors(core_RKP=factors.core_RKP, width_MR=matrix_MM @ factors.width_MR, head_DK=factors.head_DK, mix_NP=factors.mix_NP)
 
 
+@torch.no_grad()
+def with_heads_times(factors: Factors, scale_N: Tensor) -> Factors:
+    """The factors of the tensor whose heads are multiplied by these numbers."""
+    if isinstance(factors, CPFactors):
+        return _balanced(factors.width_MC, factors.head_DC, scale_N[:, None] * factors.mix_NC)
+    if factors.mix_NP is None:
+        return TuckerFactors(core_RKP=factors.core_RKP * scale_N, width_MR=factors.width_MR, head_DK=factors.head_DK, mix_NP=None)
+    return TuckerFactors(core_RKP=factors.core_RKP, width_MR=factors.width_MR, head_DK=factors.head_DK, mix_NP=scale_N[:, None] * factors.mix_NP)
+
+
 @contextlib.contextmanager
 def _torch_backend() -> Iterator[None]:
     """tensorly computes with torch within, and with what it had afterwards."""

@@ -258,14 +258,29 @@ def test_whitening_lowers_the_error_of_the_outputs(make: Any) -> None:
         query.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].reshape(-1, 16)))
         rows.mean_loss(dense)
         x_TI = torch.cat(inputs)
-        paths = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
-        outputs = [torch.cat([one.get_submodule(path)(x_TI) for path in paths], -1) for one in (model, dense)]
-        measured[data] = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
-        if data is Data.WHITENED:
-            told = {layer.path: layer.figures for layer in applied.layers}
-            assert told[paths[0]]["relative_error"] == pytest.approx(measured[data], rel=1e-3)
-            assert "relative_error" not in told["model.layers.0.self_attn.o_proj"]  # which is fitted to its weights
+        told = {layer.path: layer.figures for layer in applied.layers}
+        errors = []
+        for path in [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]:
+            ours, theirs = (one.get_submodule(path)(x_TI) for one in (model, dense))
+            errors.append(float((ours - theirs).norm() / theirs.norm()))
+            if data is Data.WHITENED:
+                assert told[path]["relative_error"] == pytest.approx(errors[-1], rel=1e-3)
+        assert "relative_error" not in told["model.layers.0.self_attn.o_proj"]  # which is fitted to its weights
+        measured[data] = sum(error**2 for error in errors)
     assert measured[Data.WHITENED] < measured[Data.PLAIN]
+
+
+def test_a_small_matrix_is_not_given_up() -> None:
+    """The same model with other units of its values, which o undoes, is compressed alike."""
+    for method in (Tucker(keep=0.5), CP(keep=0.5), Tucker(keep=0.5, data=Data.PLAIN)):
+        errors = []
+        for scale in (1.0, 1e-3):
+            model = build("llama", torch.float64)
+            for layer in model.model.layers:
+                layer.self_attn.v_proj.weight.data *= scale
+                layer.self_attn.o_proj.weight.data /= scale
+            errors.append([layer.figures["relative_weight_error"] for layer in method.apply(model, calibration()).layers])
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_what_is_shared_is_one_parameter_and_special_cases_are_low_rank_linears() -> None:
