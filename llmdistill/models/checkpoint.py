@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llmdistill.models.resized import sizes_of
-from llmdistill.models.structure import structure_of, ties_of
+from llmdistill.models.structure import dtype_of, structure_of, ties_of
 from llmdistill.models.structured import STOCK_AND_STRUCTURED, refuse_partial
 from llmdistill.models.t5 import protect_head, saved_tie
 
@@ -120,7 +120,7 @@ def _built_again(model: PreTrainedModel) -> PreTrainedModel:
     settings = {
         name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "transformers_version", "structure", "ties", "sizes")
     }
-    settings["dtype"] = model.dtype
+    settings["dtype"] = dtype_of(model)
     settings["tie_word_embeddings"] = saved_tie(model)
     structure, ties, sizes = structure_of(model), ties_of(model), sizes_of(model)
     plain = _without_memory(stock, settings)

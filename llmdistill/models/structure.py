@@ -17,15 +17,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmdistill.models.int4_linear import Int4Linear
+from llmdistill.models.int8_embedding import Int8Embedding
+from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_embedding import LowRankEmbedding
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.stored_linear import StoredLinear
 from llmdistill.models.tensor_linear import CPLinear, TuckerLinear
 
-KINDS: tuple[Any, ...] = (LowRankLinear, LowRankEmbedding, Int4Linear, StoredLinear, TuckerLinear, CPLinear)
+KINDS: tuple[Any, ...] = (LowRankLinear, LowRankEmbedding, Int8Linear, Int8Embedding, Int4Linear, StoredLinear, TuckerLinear, CPLinear)
 """Every kind there is (module classes as kind.py describes). A new technique adds its class here."""
 
 
@@ -55,6 +58,15 @@ def install(model: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> Non
         except ValueError as error:
             raise ValueError(f"the structure does not fit at {path!r}: {error}") from error
         model.set_submodule(path, module)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """In what dtype a model computes: that of its own numbers, since those of a kind (a scale, a bfloat16 zero) may be of another."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if type(module) not in KINDS and parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    raise ValueError(f"the {type(model).__name__} has no floating-point weight outside of replaced modules, not even a norm")
 
 
 def ties_of(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -17,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
 from llmdistill.models.resized import resize, sizes_of
-from llmdistill.models.structure import install, structure_of, ties_of
+from llmdistill.models.structure import dtype_of, install, structure_of, ties_of
 from llmdistill.models.structured_config import StructuredLlamaConfig, StructuredQwen2Config, StructuredT5Config
 
 
@@ -40,6 +41,11 @@ class _Structured(PreTrainedModel):
         self._tied_weights_keys = dict(ties)
         self.all_tied_weights_keys = dict(ties)
         self.tie_weights(recompute_mapping=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the model computes; transformers takes the first floating-point tensor, which may be an int8 weight's scale."""
+        return dtype_of(self)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """The stock ties while the stock class is being built, the config's from then on."""
