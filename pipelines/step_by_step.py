@@ -23,7 +23,7 @@ from llmdistill.core.stage import Stage
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.student import Pretrained, Student
 from llmdistill.stages.annotate import Annotate
-from llmdistill.stages.distil import Distil, Full, Labels, LoRA
+from llmdistill.stages.distil import Distil, Labels
 from llmdistill.stages.evaluate import Evaluate
 from llmdistill.stages.evaluate_baseline import EvaluateBaseline
 from llmdistill.stages.import_rationales import RationaleFile
@@ -36,6 +36,7 @@ from llmdistill.teach.teacher import Sampling
 from llmdistill.teach.verify import Verification
 from llmdistill.teach.vllm_teacher import VLLMTeacher
 from llmdistill.train_settings import Epochs, Precision, Steps, TrainSettings
+from llmdistill.tuning import Full, LoRA
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
 

@@ -22,7 +22,7 @@ from llmdistill.core.stage import Stage
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.student import Pretrained, Student
 from llmdistill.stages.annotate import Annotate
-from llmdistill.stages.distil import Distil, Full, Labels, LoRA
+from llmdistill.stages.distil import Distil, Labels
 from llmdistill.stages.evaluate import Evaluate
 from llmdistill.stages.given_rationales import GivenRationales
 from llmdistill.stages.import_rationales import RationaleFile
@@ -36,6 +36,7 @@ from llmdistill.teach.prompt import Prompt
 from llmdistill.teach.teacher import Sampling
 from llmdistill.teach.verify import Verification
 from llmdistill.train_settings import Epochs, Precision, Steps, TrainSettings
+from llmdistill.tuning import Full, LoRA
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
@@ -25,10 +25,9 @@ from llmdistill.stages.answering import PREDICT, Answering
 from llmdistill.stages.distil_card import Learned, model_card, task_section
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, TrainSettings
+from llmdistill.tuning import Full, LoRA, adapt, merge
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llmdistill.batches import Example
     from llmdistill.train import Trained
 
@@ -40,29 +39,6 @@ class Labels(enum.Enum):
 
     TEACHER = "the teacher's"
     GOLD = "the known ones; rows without one are left out"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Full:
-    """All weights are trained."""
-
-    kind: ClassVar[str] = "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Low-rank updates are trained beside frozen weights, and merged into them at the end (peft)."""
-
-    kind: ClassVar[str] = "lora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.05
-    modules: tuple[str, ...] = ()
-    """Names of the linears to update; empty updates all but the head."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA has rank {self.rank}, alpha {self.alpha} and dropout {self.dropout}; give 1 or more, more than 0, and 0 up to less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +82,12 @@ class Distil(Stage[Checkpoint]):
             if process.is_main_process:
                 shutil.rmtree(finished, ignore_errors=True)
                 self._prepare(run, folder / "initial", lessons["train"])
-        model, tokenizer, tuned = self._load(folder / "initial")
+        model, tokenizer = self._load(folder / "initial")
         examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
         train_lessons = Lessons(train=examples["train"], validation=examples["validation"], score=self._score(lessons["validation"], tokenizer))
-        trained = train(tuned, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
+        trained = train(model, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
         figures = counts | {"num_train_examples": len(examples["train"]), "num_validation_examples": len(examples["validation"])} | dict(trained.figures)
-        figures["trained_parameters"] = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+        figures["trained_parameters"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if process.is_main_process:
             figures["parameters"] = self._write(run, folder, trained, examples["train"], figures)
             folder.rename(finished)  # a killed removal must not leave a state without its weights
@@ -162,27 +138,15 @@ class Distil(Stage[Checkpoint]):
             checkpoint.save(model, tokenizer, writing, lineage=[{"technique": "initialise", "student": describe(self.student), "seed": self.seed}], card="")
         writing.rename(folder)
 
-    def _load(self, folder: Path) -> tuple[Any, Any, "nn.Module"]:
-        """The student, its tokenizer, and the module whose trainable weights are the ones to train: the student, with LoRA's layers inside where wanted."""
+    def _load(self, folder: Path) -> tuple[Any, Any]:
+        """The student, ready to train, and its tokenizer."""
         import torch
 
         from llmdistill.models import checkpoint
 
         model, tokenizer = checkpoint.load(folder, dtype=torch.float32)
-        if isinstance(self.tuning, Full):
-            return model, tokenizer, model
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(self.seed)
-        config = LoraConfig(
-            r=self.tuning.rank,
-            lora_alpha=self.tuning.alpha,  # pyright: ignore[reportArgumentType] - a float is fine
-            lora_dropout=self.tuning.dropout,
-            target_modules=list(self.tuning.modules) or "all-linear",
-            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        )
-        wrapped: Any = get_peft_model(model, config)
-        return wrapped, tokenizer, wrapped.get_base_model()
+        adapt(model, self.tuning, seed=self.seed)
+        return model, tokenizer
 
     def _score(self, lessons: Sequence[Lesson], tokenizer: Any) -> Any:
         """Accuracy on the validation rows, against labels of the kind that is learned, decoded by the engine that serves."""
@@ -204,10 +168,9 @@ class Distil(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.train_state import read_weights
 
-        model, tokenizer, tuned = self._load(folder / "initial")
-        read_weights(tuned, trained.weights)
-        if isinstance(self.tuning, LoRA):
-            model = model.merge_and_unload()
+        model, tokenizer = self._load(folder / "initial")
+        read_weights(model, trained.weights)
+        merge(model, self.tuning)
         section = task_section(self.task, self.loss, model.config, examples)
         model.config.llmdistill = section
         model.generation_config.max_new_tokens = max(section["max_new_tokens"].values())

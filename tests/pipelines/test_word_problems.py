@@ -33,7 +33,6 @@ def words(student: Path) -> list[str]:
     return ["--student", f"pretrained:{student}", "--duration", "steps:2", "--batch-size", "4", "--latency-repeats", "2"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_from_worked_solutions_to_a_report(start: Callable[..., Any], words: list[str], student: Path) -> None:
     pipeline = start("word_problems", "--problems", "gsm-symbolic:60?validation_share=0.2", "--tuning", "lora:2", *words)
     assert pipeline.names() == ["given_rationales", "multitask", "evaluate_multitask", "report"]

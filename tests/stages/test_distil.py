@@ -28,11 +28,12 @@ from llmdistill.losses.multitask import Form, LabelOnly, Multitask, RationaleOnl
 from llmdistill.models import checkpoint
 from llmdistill.models.student import Pretrained, ScratchCausal, ScratchT5, Student, T5Form
 from llmdistill.stages.answering import EXPLAIN, PREDICT, Answering
-from llmdistill.stages.distil import Distil, Labels, LoRA
+from llmdistill.stages.distil import Distil, Labels
 from llmdistill.tasks.answers.choice import Choice
 from llmdistill.tasks.sources.table import Table
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, Steps, Tracker, TrainSettings
+from llmdistill.tuning import LoRA
 
 
 def distil(folder: Path, *, given: Written | None = None, **settings: Any) -> Distil:
@@ -119,7 +120,6 @@ def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     assert generation["max_new_tokens"] == longest["explain"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_lora_trains_its_factors_alone_and_merges_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_student(tmp_path / "student")
     stage = distil(tmp_path, student=student, tuning=LoRA(rank=2, modules=("q", "v")), settings=replace(SHORT, learning_rate=0.05))
