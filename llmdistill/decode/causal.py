@@ -47,12 +47,13 @@ class StockFeedForward:
 
     def __init__(self, norm: Callable[[Tensor], Tensor], mlp: Any) -> None:
         self.norm = norm
-        self.gate, self.up, self.activation = mlp.gate_proj, mlp.up_proj, modules.activation(mlp.act_fn, mlp.gate_proj)
+        self.gate_and_up = modules.separate_linears([mlp.gate_proj, mlp.up_proj])
+        self.activation = modules.activation(mlp.act_fn, mlp.gate_proj)
         self.add_output = modules.residual_linear(mlp.down_proj)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        normed = self.norm(hidden)
-        return self.add_output(hidden, self.activation(self.gate(normed)) * self.up(normed))
+        gate, up = self.gate_and_up(self.norm(hidden))
+        return self.add_output(hidden, self.activation(gate) * up)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from llmdistill.decode.int8 import Int8Joint, are_int8
+from llmdistill.models.int8_linear import Int8Linear
+from llmdistill.models.low_rank_linear import LowRankLinear
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,14 +67,39 @@ def _norm_float32(module: Any, hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
 
 
+def linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A linear by itself."""
+    return Int8Joint([module]) if type(module) is Int8Linear else module
+
+
 def joint_linear(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
-    """The outputs of several linear modules on one input, side by side."""
+    """The outputs of several linear modules on one input, side by side. Where low-rank ones share what reads the input, that runs once."""
+    if are_int8(modules):
+        return Int8Joint(modules)
+    if share_down(modules):
+        factored: Sequence[Any] = modules
+        down, up = linear(factored[0].down), joint_linear([module.up for module in factored])
+        return lambda x: up(down(x))
     linears = [module for module in modules if is_plain_linear(module)]
     if len(linears) < len(modules) or len({linear.weight.dtype for linear in linears}) > 1 or len({linear.bias is None for linear in linears}) > 1:
         return lambda x: torch.cat([module(x) for module in modules], -1)
     weight_MO = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()  # read faster so, with few rows on a CPU
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return partial(_product, weight_MO, torch.cat(biases) if biases else None)
+
+
+def separate_linears(modules: Sequence[nn.Module]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The outputs of several linear modules on one input, each by itself; as one product where that saves work whatever the number of rows."""
+    if len(modules) > 1 and (are_int8(modules) or share_down(modules)):
+        joint, widths = joint_linear(modules), [int(module.out_features) for module in modules]  # pyright: ignore[reportArgumentType]
+        return lambda x: joint(x).split(widths, -1)
+    calls = [linear(module) for module in modules]
+    return lambda x: [call(x) for call in calls]
+
+
+def share_down(modules: Sequence[Any]) -> bool:
+    """Whether these are low-rank linears whose first factor is one and the same."""
+    return all(type(module) is LowRankLinear and module.down.weight is modules[0].down.weight for module in modules) and len(modules) > 1
 
 
 def _product(weight_MO: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
@@ -81,6 +110,11 @@ def residual_linear(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """(hidden, x) -> hidden + module(x), which may reuse the memory of `hidden`."""
     if is_plain_linear(module) and module.bias is None:
         return partial(_add_product, module)
+    if type(module) is Int8Linear:
+        return Int8Joint([module]).add_to
+    if type(module) is LowRankLinear:
+        down, add_up = linear(module.down), residual_linear(module.up)
+        return lambda hidden, x: add_up(hidden, down(x))
     return lambda hidden, x: hidden + module(x)
 
 
@@ -93,6 +127,8 @@ def _add_product(module: nn.Linear, hidden: Tensor, x: Tensor) -> Tensor:
 
 def head(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The output head."""
+    if type(module) is Int8Linear:
+        return Int8Joint([module])
     if not is_plain_linear(module) or module.bias is not None:
         return module
     weight = module.weight
@@ -127,7 +163,7 @@ class PackedHead:
 
 def activation(module: nn.Module, before: nn.Module) -> Callable[[Tensor], Tensor]:
     """The activation of what `before` gives, in its place if nobody else can hold it."""
-    may_overwrite = is_plain_linear(before)
+    may_overwrite = is_plain_linear(before) or type(before) is Int8Linear
     if is_stock(module, nn.ReLU):
         return torch.relu_ if may_overwrite else torch.relu
     if is_stock(module, type(ACT2FN["gelu_new"]), type(ACT2FN["gelu_pytorch_tanh"])):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5LayerSelfAttention, T5Stack
 
@@ -36,9 +35,8 @@ class DecoderBlock:
     self_qkv: Callable[[Tensor], Tensor]
     add_self_output: Callable[[Tensor, Tensor], Tensor]
     cross_norm: Callable[[Tensor], Tensor]
-    cross_q: nn.Module
-    cross_k: nn.Module
-    cross_v: nn.Module
+    cross_q: Callable[[Tensor], Tensor]
+    cross_kv: Callable[[Tensor], Sequence[Tensor]]
     add_cross_output: Callable[[Tensor, Tensor], Tensor]
     feed_forward: Callable[[Tensor], Tensor]
     num_heads: int
@@ -180,8 +178,8 @@ class T5Batch:
         tokens_RE = torch.tensor([[*prompt, *[0] * (num_columns - len(prompt))] for prompt in prompts], device=decoder.device)
         encoded_REM = decoder.encoder(decoder.embed_encoder(tokens_RE), _hidden_after(lengths, decoder), decoder.clamp)
         for block, layer in zip(decoder.blocks, self.cross.layers, strict=True):
-            for place, module in enumerate((block.cross_k, block.cross_v)):
-                states_RHED = module(encoded_REM).view(num_rows, num_columns, block.num_heads, block.head_width).transpose(1, 2)
+            for place, states in enumerate(block.cross_kv(encoded_REM)):
+                states_RHED = states.view(num_rows, num_columns, block.num_heads, block.head_width).transpose(1, 2)
                 layer[place, first_row : first_row + num_rows, :, :num_columns] = states_RHED
 
 
@@ -194,9 +192,8 @@ def _decoder_block(block: Any) -> DecoderBlock:
         self_qkv=modules.joint_linear([attention.q, attention.k, attention.v]),
         add_self_output=modules.residual_linear(attention.o),
         cross_norm=modules.norm(cross.layer_norm),
-        cross_q=cross_attention.q,
-        cross_k=cross_attention.k,
-        cross_v=cross_attention.v,
+        cross_q=modules.linear(cross_attention.q),
+        cross_kv=modules.separate_linears([cross_attention.k, cross_attention.v]),
         add_cross_output=modules.residual_linear(cross_attention.o),
         feed_forward=feed_forward(last),
         num_heads=attention.n_heads,

@@ -8,7 +8,7 @@ Shapes: R rows, E encoder columns, M model width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActD
 from llmdistill.decode import modules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -37,17 +37,18 @@ class StockFeedForward:
 
     def __init__(self, norm: Callable[[Tensor], Tensor], dense: Any) -> None:
         self.norm = norm
-        self.gate, self.linear = (dense.wi_0, dense.wi_1) if isinstance(dense, T5DenseGatedActDense) else (dense.wi, None)
-        self.activation = modules.activation(dense.act, self.gate)
+        linears = [dense.wi_0, dense.wi_1] if isinstance(dense, T5DenseGatedActDense) else [dense.wi]
+        self.linears = modules.separate_linears(linears)
+        self.activation = modules.activation(dense.act, linears[0])
         self.add_output = modules.residual_linear(dense.wo)
         weight = getattr(dense.wo, "weight", None)  # transformers keeps wo in float32 when the rest of the model is in half precision
         self.dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        normed = self.norm(hidden)
-        inner = self.activation(self.gate(normed))
-        if self.linear is not None:
-            inner = inner * self.linear(normed)
+        gate, *linear = self.linears(self.norm(hidden))
+        inner = self.activation(gate)
+        if linear:
+            inner = inner * linear[0]
         return self.add_output(hidden, inner if self.dtype is None else inner.to(self.dtype))
 
 
@@ -63,19 +64,25 @@ class T5Encoder:
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for norm, attention, add_output, add_feed_forward in self.blocks:
-            normed = norm(hidden_REM)
-            q, k, v = (module(normed).view(num_rows, num_columns, attention.n_heads, -1).transpose(1, 2) for module in (attention.q, attention.k, attention.v))
+        for norm, qkv, num_heads, add_output, add_feed_forward in self.blocks:
+            q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(norm(hidden_REM)))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
             hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
             hidden_REM = clamp(add_feed_forward(hidden_REM))
         return self.norm(hidden_REM)
 
 
-def _encoder_block(block: Any) -> tuple[Callable[[Tensor], Tensor], Any, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]:
+EncoderBlock: TypeAlias = (
+    "tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
+)
+"""Norm, q k v, number of heads, what adds the attention's output, the feed-forward."""
+
+
+def _encoder_block(block: Any) -> EncoderBlock:
     own, last = modules.opened(block, T5Block).layer
     attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
-    return modules.norm(own.layer_norm), attention, modules.residual_linear(attention.o), feed_forward(last)
+    qkv = modules.separate_linears([attention.q, attention.k, attention.v])
+    return modules.norm(own.layer_norm), qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
 
 
 def keep(hidden: Tensor) -> Tensor:
