@@ -50,7 +50,7 @@ def test_in_place_is_the_extraction_bitwise_before_and_after_the_disk(
     name: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model, space = elastic_model(name, dtype=dtype, decoder=(2, 0, 1))
-    for number, subnet in enumerate(some(space)):
+    for number, subnet in enumerate(some(space, 4 if dtype is torch.float32 else 1)):
         with with_subnet(model, subnet):
             in_place = logits(model), tokens(model)
         small = extracted(model, subnet)
@@ -68,7 +68,7 @@ def test_in_place_is_the_extraction_bitwise_before_and_after_the_disk(
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_counted_by_arithmetic(name: str) -> None:
     model, space = elastic_model(name)
-    for subnet in some(space, 8):
+    for subnet in some(space, 5):
         number = sum(parameter.numel() for parameter in extracted(model, subnet).parameters())
         assert num_parameters(space, subnet) == number
         assert num_bytes(space, subnet, bytes_per_parameter=2) == 2 * number
