@@ -25,8 +25,8 @@ class LowRankLinear(nn.Module):
         self, in_features: int, out_features: int, rank: int, *, bias: bool, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        if rank < 1 or rank > min(in_features, out_features):
-            raise ValueError(f"rank is {rank}: a linear of {in_features} inputs and {out_features} outputs has ranks 1 to {min(in_features, out_features)}")
+        if rank < 1 or rank > in_features:  # it may be above the outputs where several linears share a down-projection (grouped-query k and v)
+            raise ValueError(f"rank is {rank}: a linear of {in_features} inputs and {out_features} outputs, shared or not, has ranks 1 to {in_features}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.down = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
         self.up = nn.Linear(rank, out_features, bias=bias, dtype=dtype, device=device)
