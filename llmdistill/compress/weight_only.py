@@ -44,7 +44,7 @@ def quantize_linears(
     wanted = [path for path in linears if path not in left_alone]
     if not wanted:
         return Applied(figures={"layers_quantized": 0, "layers_kept": len(left_alone)}, layers=tuple(_kept(left_alone)))
-    gram_by_path = _grams(model, [(path, slot) for path, _, slot in found if path in wanted], calibration)
+    gram_by_path = mean_grams(model, [(path, slot) for path, _, slot in found if path in wanted], calibration)
     made: dict[tuple[int, int], nn.Module] = {}
     by_weight: dict[tuple[int, int], list[str]] = {}
     for path in wanted:
@@ -61,7 +61,9 @@ def quantize_linears(
     sensitivity = keep_sensitive(model, [tuple(paths) for paths in by_weight.values()], quantize, calibration, max_loss_rise)
     kept = {layer.path: layer for layer in sensitivity.kept}
     changed = [
-        Layer(path=path, kind=kind, figures=_figures(linears[path], made[_identity(linears[path])], gram_by_path[path])) for path in wanted if path not in kept
+        Layer(path=path, kind=kind, figures=figures_of(linears[path], made[_identity(linears[path])], gram_by_path[path]))
+        for path in wanted
+        if path not in kept
     ]
     figures = {
         "layers_quantized": len(changed),
@@ -96,7 +98,7 @@ def _identity(linear: nn.Linear) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _grams(model: PreTrainedModel, wanted: Sequence[tuple[str, Slot]], calibration: Calibration) -> dict[str, Tensor]:
+def mean_grams(model: PreTrainedModel, wanted: Sequence[tuple[str, Slot]], calibration: Calibration) -> dict[str, Tensor]:
     """The mean of x x^T of each linear's input. The second factor of a low-rank linear reads what the first one makes of it."""
     few = dataclasses.replace(calibration, examples=tuple(calibration.examples)[:NUM_STATISTICS_ROWS])
     statistics = input_statistics(model, [slot for _, slot in wanted], few, dtype=torch.float32)
@@ -112,7 +114,7 @@ def _grams(model: PreTrainedModel, wanted: Sequence[tuple[str, Slot]], calibrati
 
 
 @torch.no_grad()
-def _figures(linear: nn.Linear, module: Any, gram_II: Tensor) -> dict[str, float]:
+def figures_of(linear: nn.Linear, module: Any, gram_II: Tensor) -> dict[str, float]:
     """Bits, and the errors of the weight and of the outputs on the calibration rows, relative to their size."""
     weight_OI = linear.weight.detach().float()
     off_OI = module.dequantized_OI(torch.float32) - weight_OI

@@ -64,7 +64,7 @@ def rows(num: int, *, seed: int = 0) -> list[Example]:
 
 
 def calibration(num: int = 6) -> Calibration:
-    return Calibration(examples=rows(num), held_out=rows(4, seed=1), loss=Multitask())
+    return Calibration(examples=rows(num), held_out=rows(2, seed=1), loss=Multitask())
 
 
 class Drift:
@@ -85,7 +85,7 @@ class Drift:
 
 def drift(model: Any) -> Calibration:
     """Rows on which a change of the model is measured."""
-    return Calibration(examples=rows(6), held_out=rows(4, seed=1), loss=Drift(model))
+    return Calibration(examples=rows(6), held_out=rows(2, seed=1), loss=Drift(model))
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

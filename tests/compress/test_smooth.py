@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantization_models import MODELS, calibration, logits, tiny
+from quantization_models import MODELS, calibration, drift, logits, tiny
 from torch import nn
 
 from llmdistill.compress.int4 import Int4
+from llmdistill.compress.int8 import Int8
 from llmdistill.compress.slots import HEAD, Role, slots
 from llmdistill.compress.smooth import SmoothQuant
 from llmdistill.core.spec import parse, write
+from llmdistill.models import checkpoint
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.tokenizer import train_tokenizer
 
 
 class SimulatedInt8(nn.Module):
@@ -157,3 +161,33 @@ def test_is_written_as_one_string() -> None:
     assert parse("smooth:0.7", (SmoothQuant,)) == SmoothQuant(alpha=0.7)
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
         SmoothQuant(alpha=1.5)
+
+
+@pytest.mark.parametrize("name", ["t5 v1.0", "t5 v1.1", "llama", "qwen2"])
+def test_the_int8_that_is_served_errs_less_after_it_and_loads_bitwise(name: str, tmp_path: Path) -> None:
+    def after(*methods: Any) -> Any:
+        model = with_outliers(name)
+        for method in methods:
+            method.apply(model, calibration())
+        return model
+
+    int8, expected = Int8(max_loss_rise=1e6, embedding=False), logits(with_outliers(name))
+    rough, smooth = after(int8), after(SmoothQuant(), int8)
+    assert (logits(smooth) - expected).norm() < 0.5 * (logits(rough) - expected).norm()
+    checkpoint.save(smooth, train_tokenizer(["hello world"], 300, lower_case=False, ends_every_text=True), tmp_path, lineage=[], card="")
+    assert torch.equal(logits(checkpoint.load(tmp_path)[0]), logits(smooth))
+
+
+def test_t5s_wo_that_int8_would_have_to_keep_need_not_be_kept_after_it() -> None:
+    kept = []
+    for methods in ((), (SmoothQuant(),)):
+        model = with_outliers("t5 v1.1")
+        rows = drift(model)
+        for method in methods:
+            method.apply(model, rows)
+        applied = Int8(max_loss_rise=2e-3, embedding=False).apply(model, rows)
+        assert float(str(applied.figures["held_out_loss_rise_nats"])) <= 2e-3
+        kept.append([layer.path for layer in applied.layers if layer.kind == "kept"])
+    assert any(path.endswith(".wo") for path in kept[0])
+    assert len(kept[1]) < len(kept[0])
+    assert not any(path.endswith(".wo") for path in kept[1])
