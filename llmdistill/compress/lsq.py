@@ -21,7 +21,7 @@ Shapes: O outputs (or tokens of an embedding), I inputs (or its width), G groups
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from llmdistill.models.int8_product import LARGEST, quantize_rows
 
 NO_STEP = 1e-20  # what is below has no scale of its own: a row of zeros, a group of equal weights
 LEAST_STEP = 1e-8
+NOT_CONVERTED: tuple[Any, Any] = (None, None)
 
 
 def install_lsq(model: nn.Module, quantized: nn.Module, *, start: StepStart = StepStart.FITTED) -> tuple[str, ...]:
@@ -131,7 +132,7 @@ class LSQLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.grid = linear.weight, linear.bias, grid
-        self._converted: tuple[Any, Any] = (None, None)
+        self._converted = NOT_CONVERTED
 
     def forward(self, hidden_BLI: Tensor) -> Tensor:
         if torch.is_grad_enabled() or self.training:
@@ -152,6 +153,10 @@ class LSQLinear(nn.Module):
         module.bias = self.bias
         return module
 
+    def train(self, mode: bool = True) -> Self:
+        self._converted = NOT_CONVERTED
+        return super().train(mode)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={8 if self.grid.low == -LARGEST else 4}"
 
@@ -163,7 +168,7 @@ class LSQEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         self.weight, self.grid = embedding.weight, grid
-        self._converted: tuple[Any, Any] = (None, None)
+        self._converted = NOT_CONVERTED
 
     def forward(self, token_BL: Tensor) -> Tensor:
         if torch.is_grad_enabled() or self.training:
@@ -177,6 +182,10 @@ class LSQEmbedding(nn.Module):
         module.weight.copy_(self.grid.codes_OI(self.weight))
         module.scale_O.copy_(self.grid.step_and_zero_OG1()[0][:, 0, 0])
         return module
+
+    def train(self, mode: bool = True) -> Self:
+        self._converted = NOT_CONVERTED
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"
@@ -240,7 +249,7 @@ def _bfloat16(number: Tensor) -> Tensor:
 
 
 def _kept(module: LSQLinear | LSQEmbedding) -> Any:
-    """The integer module of one evaluation, made anew when a parameter has changed."""
+    """The integer module of one evaluation. `train` and `eval` forget it, since torch's fused optimizers change parameters and not their version."""
     version = tuple((parameter.data_ptr(), parameter._version) for parameter in module.parameters())
     if module._converted[0] != version:
         module._converted = version, module.converted()
