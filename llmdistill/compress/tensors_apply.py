@@ -5,6 +5,7 @@ Shapes: M model width, D head width, N heads of all matrices of a tensor, R, K, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compress import tensors_maths as maths
-from llmdistill.compress.low_rank_maths import Gram, floored
+from llmdistill.compress.low_rank_maths import Gram, floored, output_error, spectrum
+from llmdistill.compress.low_rank_maths import factors as low_rank_factors
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.slots import Role, Slot, plain, slots
 from llmdistill.compress.statistics import input_statistics
@@ -53,25 +55,22 @@ class _Stacked:
     def weight_MDN(self) -> Tensor:
         return maths.stack_heads([(part.linear.weight, part.reads_heads) for part in self.parts], self.head_width)
 
-    def prepared(self) -> _Prepared:
-        """The tensor to decompose: whitened, and every matrix of it of norm 1."""
-        weight_MDN, inverse_MM = self.weight_MDN(), None
+    @property
+    def is_whitened_matrix(self) -> bool:
+        """o, to be fitted to its outputs: what it reads is head width and heads at once."""
+        return self.gram is not None and self.parts[0].reads_heads
+
+    def prepared(self) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+        """The tensor to decompose, whitened and with every matrix of norm 1, and what its modes are to be multiplied by afterwards."""
+        weight_MDN, undo = self.weight_MDN(), []
         if self.gram is not None:
             root_MM, inverse_MM = maths.whitener(self.gram.matrix_II)
             weight_MDN = maths.times(weight_MDN, root_MM, 0)
+            undo.append((inverse_MM, 0))
         norm_N = torch.ones(weight_MDN.shape[2], dtype=weight_MDN.dtype, device=weight_MDN.device)
         for part in self.parts:
             norm_N[part.heads] = float(weight_MDN[..., part.heads].norm()) or 1.0
-        return _Prepared(weight_MDN / norm_N, inverse_MM, norm_N)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What is decomposed, and what the factors are to be multiplied by afterwards."""
-
-    weight_MDN: Tensor
-    inverse_MM: Tensor | None
-    norm_N: Tensor
+        return weight_MDN / norm_N, [(torch.diag(norm_N), 2), *undo]
 
 
 @torch.no_grad()
@@ -113,7 +112,7 @@ def _stacks(method: Tucker | CP, model: PreTrainedModel, calibration: Calibratio
             first = group[-1].heads.stop if group else 0
             num_heads = (linear.in_features if reads_heads else linear.out_features) // _head_width(model, slot)
             group.append(_Part(slot, linear, reads_heads, slice(first, first + num_heads)))
-    readers = [group[0].slot for group in groups.values() if method.data is Data.WHITENED and not group[0].reads_heads]
+    readers = [group[0].slot for group in groups.values()] if method.data is Data.WHITENED else []
     statistics = input_statistics(model, readers, calibration) if readers else {}
     grams = {name: floored(one.gram_II) for name, one in statistics.items()}
     return [_Stacked(group, _head_width(model, group[0].slot), grams.get(group[0].slot.input)) for group in groups.values()]
@@ -121,44 +120,64 @@ def _stacks(method: Tucker | CP, model: PreTrainedModel, calibration: Calibratio
 
 def _ranks(method: Tucker | CP, tensor: _Stacked) -> tuple[tuple[int, ...], int]:
     """The ranks of a tensor, and the parameters that they hold."""
-    weight_MDN = tensor.weight_MDN()
-    shape = weight_MDN.shape
+    shape = tensor.weight_MDN().shape
+    if tensor.is_whitened_matrix:
+        rows, columns = shape[0], shape[1] * shape[2]
+        rank = _budget(method, shape) // (rows + columns)
+        if rank < 1:
+            raise ValueError(
+                f"{_budget(method, shape)} parameters are too few for a low-rank {rows} x {columns} linear, which takes {rows + columns}: keep more"
+            )
+        return (rank,), rank * (rows + columns)
     if isinstance(method, CP):
-        rank = method.keep if isinstance(method.keep, int) else maths.cp_rank(shape, int(method.keep * weight_MDN.numel()))
+        rank = method.keep if isinstance(method.keep, int) else maths.cp_rank(shape, _budget(method, shape))
         return (rank,), maths.cp_parameters(shape, rank)
     if isinstance(method.keep, tuple):
         ranks = maths.possible_ranks(shape, method.keep)
     else:
-        ranks = maths.tucker_ranks(tensor.prepared().weight_MDN, int(method.keep * weight_MDN.numel()))
+        ranks = maths.tucker_ranks(tensor.prepared()[0], _budget(method, shape))
     return ranks, maths.tucker_parameters(shape, ranks)
+
+
+def _budget(method: Tucker | CP, shape: Sequence[int]) -> int:
+    """The parameters that a tensor may have: a share, or what it has at the ranks that are given."""
+    if isinstance(method.keep, tuple):
+        return maths.tucker_parameters(shape, maths.possible_ranks(shape, method.keep))
+    return maths.cp_parameters(shape, method.keep) if isinstance(method.keep, int) else int(method.keep * math.prod(shape))
 
 
 def _replace(method: Tucker | CP, model: PreTrainedModel, tensor: _Stacked, ranks: tuple[int, ...]) -> Iterator[Layer]:
     """Put the modules of one tensor in their places, and say so."""
-    prepared = tensor.prepared()
-    factors: Factors
-    if isinstance(method, Tucker):
-        factors = maths.tucker(prepared.weight_MDN, ranks, sweeps=method.sweeps)
-    else:
-        factors = maths.cp(prepared.weight_MDN, ranks[0], sweeps=method.sweeps)
-    difference_MDN = factors.dense_MDN() - prepared.weight_MDN
-    factors = maths.with_heads_times(factors, prepared.norm_N)
-    if prepared.inverse_MM is not None:
-        factors = maths.with_width_times(factors, prepared.inverse_MM)
+    for part, module in zip(tensor.parts, _modules(method, tensor, ranks), strict=True):
+        weight_OI, ours_OI = part.linear.weight.double(), _dense_OI(module)
+        figures = {name: float(rank) for name, rank in zip(RANK_NAMES, ranks, strict=False)}
+        figures["relative_weight_error"] = float((ours_OI - weight_OI).norm()) / (float(weight_OI.norm()) or 1.0)
+        if tensor.gram is not None:
+            figures["relative_error"] = output_error(weight_OI, ours_OI, tensor.gram.matrix_II)
+        model.set_submodule(part.slot.path, module.train(part.linear.training))
+        yield Layer(path=part.slot.path, kind=module.kind, note=_note(tensor.gram), figures=figures)
+
+
+def _modules(method: Tucker | CP, tensor: _Stacked, ranks: tuple[int, ...]) -> list[Any]:
+    """What takes the places of a tensor's linears."""
     dtype, device = tensor.parts[0].linear.weight.dtype, tensor.parts[0].linear.weight.device
 
     def parameter(factor: Tensor) -> nn.Parameter:
         return nn.Parameter(factor.to(dtype=dtype, device=device).contiguous())
 
-    modules = _cp_modules(factors, tensor.parts, parameter) if isinstance(factors, CPFactors) else _tucker_modules(factors, tensor.parts, parameter)
-    for part, module in zip(tensor.parts, modules, strict=True):
-        weight_OI = part.linear.weight.double()
-        figures = {name: float(rank) for name, rank in zip(RANK_NAMES, ranks, strict=False)}
-        figures["relative_weight_error"] = float((_dense_OI(module) - weight_OI).norm()) / (float(weight_OI.norm()) or 1.0)
-        if tensor.gram is not None:
-            figures["relative_error"] = float(difference_MDN[..., part.heads].norm())  # every matrix has norm 1 there
-        model.set_submodule(part.slot.path, module.train(part.linear.training))
-        yield Layer(path=part.slot.path, kind=module.kind, note=_note(tensor.gram), figures=figures)
+    if tensor.gram is not None and tensor.is_whitened_matrix:
+        (part,) = tensor.parts
+        up_OR, down_RI = low_rank_factors(part.linear.weight, spectrum(part.linear.weight, tensor.gram.matrix_II), ranks[0])
+        return [LowRankLinear.from_factors(parameter(up_OR), parameter(down_RI), _bias(part))]
+    prepared_MDN, undo = tensor.prepared()
+    factors: Factors
+    if isinstance(method, Tucker):
+        factors = maths.tucker(prepared_MDN, ranks, sweeps=method.sweeps)
+    else:
+        factors = maths.cp(prepared_MDN, ranks[0], sweeps=method.sweeps)
+    for matrix, mode in undo:
+        factors = maths.with_mode_times(factors, matrix, mode)
+    return _cp_modules(factors, tensor.parts, parameter) if isinstance(factors, CPFactors) else _tucker_modules(factors, tensor.parts, parameter)
 
 
 def _note(gram: Gram | None) -> str:

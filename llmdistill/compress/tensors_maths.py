@@ -23,7 +23,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorly
@@ -180,24 +180,17 @@ def whitener(gram_MM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def with_width_times(factors: Factors, matrix_MM: Tensor) -> Factors:
-    """The factors of the tensor whose model width is multiplied by this matrix."""
+def with_mode_times(factors: Factors, matrix: Tensor, mode: int) -> Factors:
+    """The factors of the tensor that is multiplied by this matrix along a mode."""
     if isinstance(factors, CPFactors):
-        return _balanced(matrix_MM @ factors.width_MC, factors.head_DC, factors.mix_NC)
-    if factors.width_MR is None:
-        core = times(factors.core_RKP, matrix_MM, 0)
-        return TuckerFactors(core_RKP=core, width_MR=None, head_DK=factors.head_DK, mix_NP=factors.mix_NP)
-    return TuckerFactors(core_RKP=factors.core_RKP, width_MR=matrix_MM @ factors.width_MR, head_DK=factors.head_DK, mix_NP=factors.mix_NP)
-
-
-@torch.no_grad()
-def with_heads_times(factors: Factors, scale_N: Tensor) -> Factors:
-    """The factors of the tensor whose heads are multiplied by these numbers."""
-    if isinstance(factors, CPFactors):
-        return _balanced(factors.width_MC, factors.head_DC, scale_N[:, None] * factors.mix_NC)
-    if factors.mix_NP is None:
-        return TuckerFactors(core_RKP=factors.core_RKP * scale_N, width_MR=factors.width_MR, head_DK=factors.head_DK, mix_NP=None)
-    return TuckerFactors(core_RKP=factors.core_RKP, width_MR=factors.width_MR, head_DK=factors.head_DK, mix_NP=scale_N[:, None] * factors.mix_NP)
+        three = [factors.width_MC, factors.head_DC, factors.mix_NC]
+        three[mode] = matrix @ three[mode]
+        return _balanced(*three)
+    name = ("width_MR", "head_DK", "mix_NP")[mode]
+    factor = getattr(factors, name)
+    if factor is None:
+        return replace(factors, core_RKP=times(factors.core_RKP, matrix, mode))
+    return replace(factors, **{name: matrix @ factor})
 
 
 @contextlib.contextmanager

@@ -265,7 +265,6 @@ def test_whitening_lowers_the_error_of_the_outputs(make: Any) -> None:
             errors.append(float((ours - theirs).norm() / theirs.norm()))
             if data is Data.WHITENED:
                 assert told[path]["relative_error"] == pytest.approx(errors[-1], rel=1e-3)
-        assert "relative_error" not in told["model.layers.0.self_attn.o_proj"]  # which is fitted to its weights
         measured[data] = sum(error**2 for error in errors)
     assert measured[Data.WHITENED] < measured[Data.PLAIN]
 
