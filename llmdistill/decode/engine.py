@@ -23,13 +23,14 @@ from llmdistill.decode.beam import beam_search
 from llmdistill.decode.cache import places_after
 from llmdistill.decode.causal import CausalDecoder
 from llmdistill.decode.decoding import Decoding, FinishReason, Generated, StopTokens, Token
+from llmdistill.decode.latent_cross import CrossCache
 from llmdistill.decode.sampling import choose, row_generator
 from llmdistill.decode.t5 import T5Decoder
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Decoding", "Engine", "Generated", "StopTokens", "Token"]
+__all__ = ["CrossCache", "Decoding", "Engine", "Generated", "StopTokens", "Token"]
 
 
 @dataclass(kw_only=True)
@@ -62,18 +63,23 @@ class Row:
 class Engine:
     """Decodes with one model, T5 or of the Llama or Qwen2 class, whatever linear modules it has."""
 
-    def __init__(self, model: nn.Module, *, max_batch_rows: int = 32) -> None:
+    def __init__(self, model: nn.Module, *, max_batch_rows: int = 32, cross_cache: CrossCache = CrossCache.BY_RULE) -> None:
         if max_batch_rows < 1:
             raise ValueError(f"max_batch_rows is {max_batch_rows}; give 1 or more")
         self.model = model
         self.max_batch_rows = max_batch_rows
         with torch.inference_mode():
-            self._decoder = make_decoder(model)
+            self._decoder = make_decoder(model, cross_cache)
         self._batch = self._decoder.new_batch(1)
         self._active: list[Row] = []  # in the order of the batch
         self._inputs: list[int] = []  # the newest token of each active row
         self._waiting: list[Row] = []
         self._ids = itertools.count()
+
+    @property
+    def cross_cache(self) -> CrossCache | None:
+        """What is kept of a row's encoder output; None for a causal model."""
+        return self._decoder.cross_cache if isinstance(self._decoder, T5Decoder) else None
 
     @property
     def num_active(self) -> int:
@@ -237,11 +243,13 @@ class Engine:
             raise ValueError(f"a prompt has {len(prompt)} tokens, but the model has {self.max_positions} positions for prompt and answer; shorten it")
 
 
-def make_decoder(model: nn.Module) -> T5Decoder | CausalDecoder:
+def make_decoder(model: nn.Module, cross_cache: CrossCache = CrossCache.BY_RULE) -> T5Decoder | CausalDecoder:
     """How the model decodes, by its class."""
     if isinstance(model, T5ForConditionalGeneration):
-        return T5Decoder(model)
+        return T5Decoder(model, cross_cache)
     if isinstance(model, LlamaForCausalLM | Qwen2ForCausalLM):
+        if cross_cache is not CrossCache.BY_RULE:
+            raise ValueError(f"cross_cache is {cross_cache.name}, and a {type(model).__name__} has no cross-attention; leave it at BY_RULE")
         return CausalDecoder(model)
     supported = ", ".join(one.__name__ for one in (T5ForConditionalGeneration, LlamaForCausalLM, Qwen2ForCausalLM))
     raise ValueError(

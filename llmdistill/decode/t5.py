@@ -18,6 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCros
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, SlotStore, Window, prefill_chunks
+from llmdistill.decode.latent_cross import CrossCache, LatentStore, joint_latent, keeps_latent
 from llmdistill.decode.t5_encoder import T5Encoder, clamp_float16, feed_forward, keep
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class DecoderBlock:
 class T5Decoder:
     """What is the same for all batches of one model."""
 
-    def __init__(self, model: T5ForConditionalGeneration) -> None:
+    def __init__(self, model: T5ForConditionalGeneration, cross_cache: CrossCache = CrossCache.BY_RULE) -> None:
         config = model.config
         decoder_blocks: Any = modules.opened(model.decoder, T5Stack).block
         self.device = model.device
@@ -56,7 +57,12 @@ class T5Decoder:
         self.embed_encoder, self.embed = model.encoder.embed_tokens, model.decoder.embed_tokens
         self.dtype = self.embed(torch.tensor([self.start_token], device=self.device)).dtype
         self.encoder = T5Encoder(model.encoder)
-        self.blocks = [_decoder_block(block) for block in decoder_blocks]
+        cross_attentions = [_cross_attention(block) for block in decoder_blocks]
+        self.latent = joint_latent(cross_attentions)
+        self.blocks = [_decoder_block(block, reads_latent=self.latent is not None) for block in decoder_blocks]
+        self.cross_cache = CrossCache.LATENT if keeps_latent(self.latent, cross_cache, cross_attentions) else CrossCache.EXPANDED
+        if self.latent is not None and self.cross_cache is CrossCache.LATENT:
+            self.latent.absorb(self.dtype)
         self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
         self.norm = modules.norm(model.decoder.final_layer_norm)
         scales_output = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
@@ -86,7 +92,9 @@ class T5Batch:
         self.width = width
         shapes = [(block.num_heads, block.head_width) for block in decoder.blocks]
         self.cache = KVCache(shapes, width=width, dtype=decoder.dtype, device=decoder.device)
-        self.cross = SlotStore(shapes, dtype=decoder.dtype, device=decoder.device)
+        self.latent = decoder.latent if decoder.cross_cache is CrossCache.LATENT else None
+        where: Any = {"dtype": decoder.dtype, "device": decoder.device}
+        self.cross = SlotStore(shapes, **where) if self.latent is None else LatentStore(self.latent.rank, **where)
         self.lengths: list[int] = []  # of the prompts
         self._cross_views: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
@@ -141,12 +149,16 @@ class T5Batch:
         hidden_SM = self.decoder.clamp(block.add_self_output(hidden_SM, attended.view(num_slots, -1)))
 
         queries = block.cross_q(block.cross_norm(hidden_SM))
-        if width == 1:
+        if self.latent is not None:
+            queries = self.latent.queries(index, queries, width)
+        elif width == 1:
             queries = queries.view(num_slots * num_heads, 1, block.head_width)
         else:  # the beams of a row are queries to one copy of its keys
             queries = queries.view(-1, width, num_heads, block.head_width).transpose(1, 2).reshape(-1, width, block.head_width)
         attended = modules.attend(queries, *cross, 1.0)
-        if width > 1:
+        if self.latent is not None:
+            attended = self.latent.outputs(index, attended)
+        elif width > 1:
             attended = attended.view(-1, num_heads, width, block.head_width).transpose(1, 2)
         hidden_SM = self.decoder.clamp(block.add_cross_output(hidden_SM, attended.reshape(num_slots, -1)))
         return self.decoder.clamp(block.feed_forward(hidden_SM))
@@ -161,9 +173,13 @@ class T5Batch:
         return bias.reshape(-1, 1, num_columns)
 
     def _cross(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Keys (R*H, D, E), values (R*H, E, D) and mask (R*H, 1, E) of every layer."""
+        """Keys (R*H, D, E), values (R*H, E, D) and mask (R*H, 1, E) of every layer; of latents (R, C, E), (R, E, C) and (R, 1, E)."""
         if self._cross_views is None:
             num_columns, hidden_R1E = max(self.lengths), _hidden_after(self.lengths, self.decoder)
+            if isinstance(self.cross, LatentStore):
+                latents_REC = self.cross.latents_REC[: self.num_rows, :num_columns]
+                self._cross_views = [(latents_REC.transpose(1, 2), latents_REC, hidden_R1E)] * len(self.decoder.blocks)
+                return self._cross_views
             self._cross_views = []
             for layer in self.cross.layers:
                 num_heads = layer.shape[2]
@@ -177,28 +193,38 @@ class T5Batch:
         num_rows, num_columns = len(prompts), max(lengths)
         tokens_RE = torch.tensor([[*prompt, *[0] * (num_columns - len(prompt))] for prompt in prompts], device=decoder.device)
         encoded_REM = decoder.encoder(decoder.embed_encoder(tokens_RE), _hidden_after(lengths, decoder), decoder.clamp)
+        if decoder.latent is not None:
+            encoded_REM = decoder.latent.project(encoded_REM)
+        if isinstance(self.cross, LatentStore):
+            self.cross.latents_REC[first_row : first_row + num_rows, :num_columns] = encoded_REM
+            return
         for block, layer in zip(decoder.blocks, self.cross.layers, strict=True):
             for place, states in enumerate(block.cross_kv(encoded_REM)):
                 states_RHED = states.view(num_rows, num_columns, block.num_heads, block.head_width).transpose(1, 2)
                 layer[place, first_row : first_row + num_rows, :, :num_columns] = states_RHED
 
 
-def _decoder_block(block: Any) -> DecoderBlock:
+def _decoder_block(block: Any, *, reads_latent: bool) -> DecoderBlock:
     own, cross, last = modules.opened(block, T5Block).layer
     attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
-    cross_attention = modules.opened(modules.opened(cross, T5LayerCrossAttention).EncDecAttention, T5Attention)
+    cross_attention = _cross_attention(block)
+    cross_kv = [cross_attention.k, cross_attention.v]
     return DecoderBlock(
         self_norm=modules.norm(own.layer_norm),
         self_qkv=modules.joint_linear([attention.q, attention.k, attention.v]),
         add_self_output=modules.residual_linear(attention.o),
         cross_norm=modules.norm(cross.layer_norm),
         cross_q=modules.linear(cross_attention.q),
-        cross_kv=modules.separate_linears([cross_attention.k, cross_attention.v]),
+        cross_kv=modules.separate_linears([linear.up for linear in cross_kv] if reads_latent else cross_kv),
         add_cross_output=modules.residual_linear(cross_attention.o),
         feed_forward=feed_forward(last),
         num_heads=attention.n_heads,
         head_width=attention.key_value_proj_dim,
     )
+
+
+def _cross_attention(block: Any) -> Any:
+    return modules.opened(modules.opened(modules.opened(block, T5Block).layer[1], T5LayerCrossAttention).EncDecAttention, T5Attention)
 
 
 def _hidden_after(lengths: Sequence[int], decoder: T5Decoder) -> Int[Tensor, "R 1 E"] | None:
