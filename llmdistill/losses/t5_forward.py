@@ -4,8 +4,8 @@ On a CPU, more than half of a small T5's step is not matrix products. Here q, k 
 and not in each layer, the scores are added to them by the product itself, activations are one operation, and dropout draws 16 random bits for an element
 and not 64. Measured for forward and backward of 1 million parameters, 64 rows of 32 tokens: three quarters of the CPU time of the stock modules.
 
-A submodule that is not a plain linear (low-rank, LoRA, int8) is called as it is. Where the larger modules are not stock either, or somebody listens to them
-(FSDP and ZeRO gather weights when a module is called), the stock forward runs.
+A submodule that is not a plain linear (low-rank, LoRA, int8) is called as it is, except that a down-projection which several low-rank ones share runs once.
+Where the larger modules are not stock either, or somebody listens to them (FSDP and ZeRO gather weights when a module is called), the stock forward runs.
 
 Shapes: B rows, L tokens, K tokens that are attended to, D model width, H heads, W width of a head.
 """
@@ -23,6 +23,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.t5 import modeling_t5 as t5
 
 from llmdistill.decode.modules import is_stock, norm
+from llmdistill.models.low_rank_linear import LowRankLinear
 
 _OF_STACK = (
     t5.T5Stack,
@@ -61,9 +62,10 @@ def decode(model: Any, input_BL: Int[Tensor, "B L"], encoded_BKD: Float[Tensor, 
     is_past = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
     bias = torch.where(is_past, _position_bias(stack, length), _lowest(hidden)).expand(num_rows, -1, -1, -1)
     cross_bias = hidden.new_zeros(mask_BK.shape).masked_fill_(~mask_BK, _lowest(hidden))[:, None, None, :].expand(-1, bias.shape[1], length, -1)
+    latents: dict[int, Tensor] = {}
     for block in stack.block:
         hidden = _self_attention(block.layer[0], hidden, bias, p)
-        hidden = _cross_attention(block.layer[1], hidden, encoded_BKD, cross_bias, p)
+        hidden = _cross_attention(block.layer[1], hidden, encoded_BKD, cross_bias, p, latents)
         hidden = _feed_forward(block.layer[2], hidden, p)
     return dropout(norm(stack.final_layer_norm)(hidden), p)
 
@@ -106,10 +108,10 @@ def _self_attention(layer: Any, hidden: Tensor, bias: Tensor, p: float) -> Tenso
     return hidden + dropout(attention.o(_attend(q, k, v, bias, p)), p)
 
 
-def _cross_attention(layer: Any, hidden: Tensor, encoded_BKD: Tensor, bias: Tensor, p: float) -> Tensor:
+def _cross_attention(layer: Any, hidden: Tensor, encoded_BKD: Tensor, bias: Tensor, p: float, latents: dict[int, Tensor]) -> Tensor:
     attention = layer.EncDecAttention
     (q,) = _projected([attention.q], norm(layer.layer_norm)(hidden), attention.n_heads)
-    k, v = _projected([attention.k, attention.v], encoded_BKD, attention.n_heads)
+    k, v = _projected([attention.k, attention.v], encoded_BKD, attention.n_heads, latents)
     return hidden + dropout(attention.o(_attend(q, k, v, bias, p)), p)
 
 
@@ -126,13 +128,26 @@ def _activated(activation: nn.Module, inner: Tensor) -> Tensor:
     return F.gelu(inner, approximate="tanh") if is_stock(activation, NewGELUActivation) else activation(inner)
 
 
-def _projected(linears: Sequence[nn.Module], hidden_BLD: Tensor, num_heads: int) -> Sequence[Float[Tensor, "B H L W"]]:
-    """The heads of each linear's output; of plain ones in a single product."""
+def _projected(
+    linears: Sequence[nn.Module], hidden_BLD: Tensor, num_heads: int, latents: dict[int, Tensor] | None = None
+) -> Sequence[Float[Tensor, "B H L W"]]:
+    """The heads of each linear's output; of plain ones in a single product. `latents`: those of this input that other layers have computed."""
     num_rows, length, _ = hidden_BLD.shape
     if all(is_stock(linear, nn.Linear) and linear.bias is None for linear in linears):
         joint = F.linear(hidden_BLD, torch.cat([linear.weight for linear in linears]))  # pyright: ignore[reportCallIssue, reportArgumentType]
         return joint.view(num_rows, length, len(linears), num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return [linear(hidden_BLD).view(num_rows, length, num_heads, -1).transpose(1, 2) for linear in linears]
+    latents = {} if latents is None else latents
+    return [_output(linear, hidden_BLD, latents).view(num_rows, length, num_heads, -1).transpose(1, 2) for linear in linears]
+
+
+def _output(linear: Any, hidden_BLD: Tensor, latents: dict[int, Tensor]) -> Tensor:
+    """Of one linear. A down-projection that several low-rank ones share (compress/qsvd.py) is computed by the first of them."""
+    if not is_stock(linear, LowRankLinear) or not is_stock(linear.down, nn.Linear):  # with an adapter each has a down-projection of its own
+        return linear(hidden_BLD)
+    shared = id(linear.down.weight)
+    if shared not in latents:
+        latents[shared] = linear.down(hidden_BLD)
+    return linear.up(latents[shared])
 
 
 def _attend(

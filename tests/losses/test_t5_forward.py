@@ -8,6 +8,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from llmdistill.losses.t5_forward import decode, dropout, encode, is_plain
+from llmdistill.models.low_rank_linear import LowRankLinear
 
 
 def model_of(**settings: Any) -> T5ForConditionalGeneration:
@@ -48,6 +49,54 @@ def test_outputs_and_gradients_are_those_of_transformers(feed_forward: str, repl
     torch.testing.assert_close(ours, theirs)
     for mine, stock in zip(torch.autograd.grad((ours * weight).sum(), parameters), torch.autograd.grad((theirs * weight).sum(), parameters), strict=True):
         torch.testing.assert_close(mine, stock)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_low_rank_linears_give_the_same_and_a_shared_down_projection_runs_once(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = model_of()
+    groups = [[block.layer[0].SelfAttention] for stack in (model.encoder, model.decoder) for block in stack.block]
+    groups += [[block.layer[1].EncDecAttention for block in model.decoder.block]]  # one for all layers
+    for attentions, names in zip(groups, [*["qkv"] * 4, "kv"], strict=True):
+        down_RI = nn.Parameter(torch.randn(5, 16, dtype=torch.float64))
+        for attention in attentions:
+            for name in names:
+                module = LowRankLinear.from_factors(torch.randn(12, 5, dtype=torch.float64), down_RI, None)
+                module.down.weight = down_RI if is_shared else module.down.weight
+                setattr(attention, name, module)
+    input_BL, mask_BL, decoder_BL = inputs()
+    weight = torch.randn(3, 5, 16, dtype=torch.float64)
+    parameters = [parameter for name, parameter in model.named_parameters() if "lm_head" not in name]
+    encoded = model.encoder(input_ids=input_BL, attention_mask=mask_BL).last_hidden_state
+    theirs = model.decoder(input_ids=decoder_BL, encoder_hidden_states=encoded, encoder_attention_mask=mask_BL).last_hidden_state
+
+    num_calls = 0
+    forward = nn.Linear.forward
+
+    def counting(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += self.out_features == 5
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    ours = decode(model, decoder_BL, encode(model, input_BL, mask_BL), mask_BL)
+    assert num_calls == (5 if is_shared else 16)
+    torch.testing.assert_close(ours, theirs)
+    for mine, stock in zip(torch.autograd.grad((ours * weight).sum(), parameters), torch.autograd.grad((theirs * weight).sum(), parameters), strict=True):
+        torch.testing.assert_close(mine, stock)
+
+
+def test_an_adapter_on_a_shared_down_projection_counts_for_its_own_linear_only() -> None:
+    model: Any = model_of()
+    attention: Any = model.encoder.block[0].layer[0].SelfAttention
+    down_RI = nn.Parameter(torch.randn(5, 16, dtype=torch.float64))
+    for name in "qkv":
+        module = LowRankLinear.from_factors(torch.randn(12, 5, dtype=torch.float64), down_RI, None)
+        module.down.weight = down_RI
+        setattr(attention, name, module)
+    attention.k.down.__class__ = Replaced
+    input_BL, mask_BL, _ = inputs()
+    theirs = model.encoder(input_ids=input_BL, attention_mask=mask_BL).last_hidden_state
+    torch.testing.assert_close(encode(model, input_BL, mask_BL), theirs)
 
 
 def test_modules_that_somebody_listens_to_are_called() -> None:
