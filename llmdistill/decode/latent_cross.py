@@ -33,7 +33,17 @@ if TYPE_CHECKING:
 
 
 MAX_CHANNELS_BY_HEAD_WIDTH = 4
-"""Up to here the latent is the cheaper way."""
+"""Up to here the latent is the cheaper way. Measured: the cross-attention of one step in all 6 layers of T5-small's shape (8 heads of 64), 128 columns, one
+thread, milliseconds:
+
+                         1 row    8 rows    32 rows
+    expanded              0.10      1.5       6.5
+    latent, 128 channels  0.19      0.8       2.8
+    latent, 256 channels  0.47      1.8       5.5
+    latent, 384 channels  0.50      2.5      13.0
+
+and an admission saves 2.5 to 8 milliseconds a row. At 4 times the head width a step costs about as much either way, less with many rows or long prompts, and
+the admission is saved; above that long answers lose again. Memory is less in any case."""
 
 
 class CrossCache(enum.Enum):

@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from llmdistill.compress import qsvd_maths
 from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.int8 import Int8
 from llmdistill.compress.low_rank_maths import Spectrum, floored, spectrum
 from llmdistill.compress.qsvd import QSVD, Cross, Importance, Rotation
 from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, row_loss, spectra
@@ -24,6 +25,7 @@ from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.svd import SVD, Data, Scope
 from llmdistill.core.spec import parse, write
+from llmdistill.decode.engine import CrossCache, Decoding, Engine
 from llmdistill.models import checkpoint
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.tokenizer import train_tokenizer
@@ -264,6 +266,27 @@ def test_feed_forward_by_svd_first_and_attention_by_qsvd_then() -> None:
     QSVD(keep=0.5).apply(model, calibration())
     assert {path.rpartition(".")[2] for path in factorised(model)} >= {"q", "k", "v", "wo"}
     assert torch.isfinite(logits(model)).all()
+
+
+def test_quantized_afterwards_it_is_saved_with_its_ties_and_decoded(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny("t5 v1.1")
+    QSVD(keep=0.5, ranks=Allocation.UNIFORM).apply(model, calibration())
+    assert Engine(model).cross_cache is CrossCache.LATENT
+    _assert_decodes_as_transformers_does(model)
+    Int8(max_loss_rise=10.0).apply(model, calibration())
+    assert Engine(model).cross_cache is CrossCache.EXPANDED
+    num = len({id(module.down.weight) for module in factorised(model).values()})
+    checkpoint.save(model, tokenizer, tmp_path, lineage=[], card="")
+    loaded, _ = checkpoint.load(tmp_path)
+    assert num == len({id(module.down.weight) for module in factorised(loaded).values()}) == 5
+    assert torch.equal(logits(loaded), logits(model))
+    _assert_decodes_as_transformers_does(loaded)
+
+
+def _assert_decodes_as_transformers_does(model: Any) -> None:
+    with torch.inference_mode():
+        tokens = model.generate(input_ids=torch.tensor([[5, 9, 20, 3]]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert Engine(model).generate([[5, 9, 20, 3]], Decoding(max_new_tokens=6, stop_token_ids=()))[0].tokens == tuple(tokens[0, 1:].tolist())
 
 
 def test_after_another_method_in_its_place_it_says_why_not() -> None:
