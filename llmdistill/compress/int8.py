@@ -52,36 +52,35 @@ class Int8:
 
 
 def _with_embedding(model: Any, calibration: Calibration, applied: Applied, max_loss_rise: float) -> Applied:
-    """The embedding too, in all its places at once, and the head where it is the same matrix."""
+    """The embedding too, in all its places at once, and the head where it is the same matrix. Of a low-rank one it is the table that has the bytes."""
     from torch import nn
 
     from llmdistill.compress.sensitivity import keep_sensitive
     from llmdistill.compress.slots import HEAD, embedding_paths
     from llmdistill.models.int8_embedding import Int8Embedding
+    from llmdistill.models.low_rank_embedding import LowRankEmbedding
 
     embedding: Any = model.get_input_embeddings()
-    if type(embedding) is not nn.Embedding:
-        note = f"a {getattr(embedding, 'kind', type(embedding).__name__)} module, and only a dense embedding becomes int8"
+    table, suffix, head = (embedding.table, ".table", f"{HEAD}.up") if type(embedding) is LowRankEmbedding else (embedding, "", HEAD)
+    if type(table) is not nn.Embedding:
+        note = f"a {getattr(table, 'kind', type(table).__name__)} module, and only an embedding of ordinary numbers becomes int8"
         return dataclasses.replace(applied, layers=(*applied.layers, Layer(path=embedding_paths(model)[0], kind="kept", note=note)))
-    quantized = Int8Embedding.from_embedding(embedding)
-    head: Any = model.get_submodule(HEAD)
-    is_tied = type(head) is nn.Linear and head.weight is embedding.weight
-    paths = (*embedding_paths(model), *((HEAD,) if is_tied else ()))
+    quantized = Int8Embedding.from_embedding(table)
+    heads = [path for path, module in model.named_modules() if path == head and type(module) is nn.Linear and module.weight is table.weight]
+    paths = (*(path + suffix for path in embedding_paths(model)), *heads)
 
     def quantize(model: Any, path: str) -> nn.Module:
         before = model.get_submodule(path)
-        model.set_submodule(path, quantized if path != HEAD else quantized.head(None if before.bias is None else before.bias.detach()))
+        model.set_submodule(path, quantized if path not in heads else quantized.head(None if before.bias is None else before.bias.detach()))
         return before
 
-    weight = embedding.weight.detach().float()
+    weight = table.weight.detach().float()
     error = float((quantized.weight.float() * quantized.scale_O[:, None] - weight).norm() / weight.norm())
     sensitivity = keep_sensitive(model, [paths], quantize, calibration, max_loss_rise)
-    layers = {layer.path: layer for layer in applied.layers}
+    layers = {layer.path: layer for layer in applied.layers} | {layer.path: layer for layer in sensitivity.kept}
     for path in paths:
-        if sensitivity.is_kept(path):
-            layers |= {layer.path: layer for layer in sensitivity.kept}
-        else:
-            kind = Int8.kind if path == HEAD else quantized.kind
+        if not sensitivity.is_kept(path):
+            kind = Int8.kind if path in heads else quantized.kind
             layers[path] = Layer(path=path, kind=kind, figures={"bits": 8 + 32 / weight.shape[1], "relative_weight_error": error})
     kept = sum(layer.kind == "kept" for layer in layers.values())
     figures = dict(applied.figures) | {"layers_quantized": len(layers) - kept, "layers_kept": kept}

@@ -84,7 +84,7 @@ def _reason(model: Any, path: str, linear: nn.Linear, slot: Slot, head: bool, ke
         return "the settings say so"
     if slot.path == HEAD and not head:
         return "the settings leave the head alone"
-    if linear.weight is model.get_input_embeddings().weight:
+    if any(linear.weight is parameter for parameter in model.get_input_embeddings().parameters()):
         return "its weight is the embedding as well"
     return ""
 

@@ -3,7 +3,8 @@
 Shapes: V vocabulary, D model width, R rank. A dense embedding holds V*D numbers, this one R*(V+D).
 
 Where embedding and head were one matrix they stay one: the head is then a LowRankLinear whose `up.weight` is the table and whose `down.weight` is the
-projection, both the same nn.Parameter (structure.py reads that off the model). That is why the projection is stored as (R, D).
+projection, both the same nn.Parameter (structure.py reads that off the model). That is why the projection is stored as (R, D). The table is an embedding by
+itself, so that it can become int8 with the head's `up`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmdistill.models.low_rank_linear import LowRankLinear
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class LowRankEmbedding(nn.Module):
-    """Row v is table_VR[v] @ project_RD."""
+    """Row v is table.weight[v] @ project_RD."""
 
     kind: ClassVar[str] = "low_rank_embedding"
 
@@ -38,7 +38,7 @@ class LowRankEmbedding(nn.Module):
                 f"rank is {rank}: an embedding of {num_embeddings} tokens and width {embedding_dim} has ranks 1 to {min(num_embeddings, embedding_dim)}"
             )
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        self.table_VR = nn.Parameter(torch.empty(num_embeddings, rank, dtype=dtype, device=device))
+        self.table = nn.Embedding(num_embeddings, rank, dtype=dtype, device=device)
         self.project_RD = nn.Parameter(torch.empty(rank, embedding_dim, dtype=dtype, device=device))
 
     @classmethod
@@ -57,7 +57,7 @@ class LowRankEmbedding(nn.Module):
         """The embedding whose matrix is table_VR @ project_RD, in the factors' dtype and on their device."""
         module = cls(table_VR.shape[0], project_RD.shape[1], table_VR.shape[1], dtype=table_VR.dtype, device=table_VR.device)
         with torch.no_grad():
-            module.table_VR.copy_(table_VR)
+            module.table.weight.copy_(table_VR)
             module.project_RD.copy_(project_RD)
         return module
 
@@ -67,10 +67,9 @@ class LowRankEmbedding(nn.Module):
 
     def head(self, bias_V: Tensor | None = None) -> LowRankLinear:
         """The linear of the same matrix, which shares both factors with this embedding."""
-        head = LowRankLinear(
-            self.embedding_dim, self.num_embeddings, self.rank, bias=bias_V is not None, dtype=self.table_VR.dtype, device=self.table_VR.device
-        )
-        head.up.weight, head.down.weight = self.table_VR, self.project_RD
+        dtype, device = self.project_RD.dtype, self.project_RD.device
+        head = LowRankLinear(self.embedding_dim, self.num_embeddings, self.rank, bias=bias_V is not None, dtype=dtype, device=device)
+        head.up.weight, head.down.weight = self.table.weight, self.project_RD
         if bias_V is not None:
             with torch.no_grad():
                 head.up.bias.copy_(bias_V)
@@ -78,11 +77,11 @@ class LowRankEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, for those who ask an embedding's weight for its dtype or device. There is no dense weight."""
-        return self.table_VR
+        """The projection, for those who ask an embedding's weight for its dtype or device. There is no dense weight."""
+        return self.project_RD
 
     def forward(self, token_BL: Int[Tensor, "*B L"]) -> Float[Tensor, "*B L D"]:
-        return F.embedding(token_BL, self.table_VR) @ self.project_RD
+        return self.table(token_BL) @ self.project_RD
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, rank={self.rank}"

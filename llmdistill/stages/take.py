@@ -1,6 +1,6 @@
-"""A model from elsewhere as a checkpoint of the store: a hub id, a folder, a package's weights, or a student from scratch, as any stage upstream would write it.
+"""A model from elsewhere (a hub id, a folder, a package's weights) as a checkpoint of the store, as any stage upstream would have written it.
 
-So pipelines that begin with a finished model (compression of a stock T5 or Llama, or of a checkpoint of ours that was copied here) are built like all others.
+So pipelines that begin with a finished model (a stock T5 or Llama to be compressed, or a checkpoint of ours that was copied here) are built like all others.
 """
 
 import json

@@ -13,9 +13,11 @@ from transformers import GenerationConfig
 
 from llmdistill.compress.int8 import Int8
 from llmdistill.compress.slots import leaves
+from llmdistill.compress.svd import SVD, Scope
 from llmdistill.core.spec import parse, write
 from llmdistill.decode.engine import Decoding, Engine
 from llmdistill.models import checkpoint
+from llmdistill.models.int8_embedding import Int8Embedding
 from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.tokenizer import train_tokenizer
@@ -88,6 +90,22 @@ def test_quantizes_the_factors_of_low_rank_linears_and_a_shared_one_once(name: s
     assert model.get_submodule(k).down.weight is model.get_submodule(q).down.weight
     checkpoint.save(model, tokenizer, tmp_path, lineage=[], card="")
     assert torch.equal(logits(checkpoint.load(tmp_path)[0]), logits(model))
+
+
+@pytest.mark.parametrize("name", ["t5 v1.0", "t5 v1.1", "llama tied", "llama"])
+def test_a_low_rank_embedding_becomes_int8_with_the_head_that_is_tied_to_it(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny(name)
+    SVD(keep=0.5, scope=(Scope.EMBEDDINGS,)).apply(model, calibration())
+    before = logits(model)
+    applied = Int8(max_loss_rise=ANY_RISE).apply(model, calibration())
+    table = model.get_input_embeddings().table
+    assert type(table) is Int8Embedding
+    assert (model.lm_head.up.weight is table.weight) == (model.lm_head.up.scale_O is table.scale_O) == (name in ("t5 v1.0", "llama tied"))
+    assert 0 < (logits(model) - before).norm() < 0.1 * before.norm()
+    checkpoint.save(model, tokenizer, tmp_path, lineage=[], card="")
+    assert torch.equal(logits(checkpoint.load(tmp_path)[0]), logits(model))
+    dense = {layer.path for layer in applied.layers if layer.kind == "kept"}
+    assert dense == ({"lm_head.down"} if name in ("t5 v1.0", "llama tied") else set()), "the projection is the embedding's as well"
 
 
 def test_what_is_int8_already_is_not_quantized_again() -> None:

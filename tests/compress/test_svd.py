@@ -295,9 +295,9 @@ def test_embedding_and_head(name: str) -> None:
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     applied = SVD(keep=0.5, scope=(Scope.EMBEDDINGS,), ranks=Allocation.UNIFORM).apply(model, FULL)
     modules = [model.get_submodule(path) for path in embedding_paths(model)]
-    assert all(type(module) is LowRankEmbedding and module.table_VR is modules[0].table_VR for module in modules)
+    assert all(type(module) is LowRankEmbedding and module.table.weight is modules[0].table.weight for module in modules)
     assert isinstance(model.lm_head, LowRankLinear)
-    assert (model.lm_head.up.weight is modules[0].table_VR) == (model.lm_head.down.weight is modules[0].project_RD) == is_tied
+    assert (model.lm_head.up.weight is modules[0].table.weight) == (model.lm_head.down.weight is modules[0].project_RD) == is_tied
     assert {layer.path for layer in applied.layers} == {*embedding_paths(model), "lm_head"}
     matrices = 1 if is_tied else 2
     assert applied.figures["parameters_in_scope_before"] == matrices * VOCABULARY_SIZE * 32

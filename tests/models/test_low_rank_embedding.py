@@ -37,7 +37,7 @@ def factorise_embedding(model: Any, rank: int = 3) -> LowRankEmbedding:
 def test_rows_are_those_of_the_product() -> None:
     low = embedding(9, 5, 3)
     tokens_BL = torch.tensor([[0, 8], [4, 4]])
-    torch.testing.assert_close(low(tokens_BL), nn.functional.embedding(tokens_BL, low.table_VR @ low.project_RD))
+    torch.testing.assert_close(low(tokens_BL), nn.functional.embedding(tokens_BL, low.table.weight @ low.project_RD))
     assert low(torch.tensor([3])).shape == (1, 5)
 
 
@@ -45,7 +45,7 @@ def test_the_head_is_the_same_matrix_and_holds_no_numbers_of_its_own() -> None:
     low = embedding(9, 5, 3)
     head = low.head()
     hidden_BD = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(head(hidden_BD), hidden_BD @ (low.table_VR @ low.project_RD).t())
+    torch.testing.assert_close(head(hidden_BD), hidden_BD @ (low.table.weight @ low.project_RD).t())
     assert {id(parameter) for parameter in head.parameters()} == {id(parameter) for parameter in low.parameters()}
     with_bias = low.head(torch.arange(9.0))
     torch.testing.assert_close(with_bias(hidden_BD), head(hidden_BD) + torch.arange(9.0))
@@ -85,7 +85,7 @@ def test_loads_as_it_was_saved(
     assert sum(parameter.numel() for parameter in again.parameters()) == num_before
     assert type(again.get_input_embeddings()) is LowRankEmbedding
     if was_tied:
-        assert again.lm_head.up.weight is again.get_input_embeddings().table_VR
+        assert again.lm_head.up.weight is again.get_input_embeddings().table.weight
         assert again.lm_head.down.weight is again.get_input_embeddings().project_RD
 
 
@@ -93,7 +93,7 @@ def test_the_engine_and_generate_agree(model: PreTrainedModel) -> None:
     any_model: Any = model.double()
     low = factorise_embedding(any_model, rank=8)
     with torch.no_grad():
-        low.table_VR.mul_(0.3)
+        low.table.weight.mul_(0.3)
     prompt = [5, 9, 2, 40, 17]
     with torch.inference_mode():
         made = any_model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=None)[0].tolist()

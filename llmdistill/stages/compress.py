@@ -1,0 +1,249 @@
+"""Compress: a checkpoint in, a smaller one out, by any methods of llmdistill/compress one after the other, and a short re-distillation between.
+
+    Compress(checkpoint=student, task=task, rationales=rationales, methods=(QSVD(keep=0.5), Int8()), recover=Recover())
+
+Methods that leave numbers to train (low rank) come first, then the recovery, then those that leave integers. What each did to each layer is kept in
+compression.json beside the model, for the report. Statistics are taken over train rows, settings are chosen on validation rows, test rows are never looked at.
+
+While it builds, `training/` holds the student after the first methods, and the state of the recovery.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmdistill.compress.method import Applied
+from llmdistill.compress.methods import CompressionMethod
+from llmdistill.compress.recovery import Recover
+from llmdistill.core.artifacts import COMPRESSION, Checkpoint, RationaleRow, Rationales, read_json
+from llmdistill.core.manifest import describe
+from llmdistill.core.run import Run
+from llmdistill.core.spec import write
+from llmdistill.core.stage import JsonScalar, Launcher, Stage
+from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.stages.distil_card import task_section
+from llmdistill.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmdistill.batches import Example
+    from llmdistill.compress.calibration import Calibration
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Stage[Checkpoint]):
+    """A student made smaller. Without `recover` nothing is trained."""
+
+    artifact = Checkpoint
+    launcher = Launcher.ACCELERATE
+
+    checkpoint: Stage[Checkpoint]
+    methods: tuple[CompressionMethod, ...]
+    task: Task
+    rationales: Stage[Rationales]
+    """The rows to calibrate on and to recover from: the teacher's, or the student's own answers (OwnAnswers)."""
+    loss: Multitask | LabelOnly | RationaleOnly = Multitask()
+    """What matters in these rows; the student's own loss. A row without a rationale counts with its label alone."""
+    recover: Recover | None = None
+    num_calibration_rows: int = 256
+    num_held_out_rows: int = 128
+    max_input_tokens: int = 512
+    max_target_tokens: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("Compress.methods is empty; give at least one, such as Int8()")
+        for name, least in (("num_calibration_rows", 1), ("num_held_out_rows", 1), ("max_input_tokens", 2), ("max_target_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Compress.{name} is {getattr(self, name)}; give {least} or more")
+        order = [method.quantizes for method in self.methods]
+        if order != sorted(order):
+            late = next(method for method, before in zip(self.methods[1:], self.methods, strict=False) if before.quantizes and not method.quantizes)
+            raise ValueError(
+                f"{late.kind} comes after {self.methods[order.index(True)].kind}, which leaves integers that it cannot change; put {late.kind} first"
+            )
+
+    def build(self, run: Run) -> Mapping[str, JsonScalar]:
+        from llmdistill.models import checkpoint
+        from llmdistill.train_setup import this_process
+
+        process = this_process()
+        rows = run.artifact(self.rationales).rows()
+        folder, finished = run.folder / "training", run.folder / "training.finished"
+        with process.main_process_first():
+            if process.is_main_process:
+                shutil.rmtree(finished, ignore_errors=True)
+                self._shrink(run, folder / "initial", rows)
+        model, tokenizer = checkpoint.load(folder / "initial")
+        record: dict[str, Any] = read_json(folder / "initial" / COMPRESSION)
+        calibration = self._calibration(rows, tokenizer, model)
+        left = [method for method in self.methods if method.quantizes]
+        if self.recover is not None:
+            left = self._recover(run, self.recover, folder, model, tokenizer, calibration, rows, left, record)
+        figures: dict[str, JsonScalar] = {}
+        if process.is_main_process:
+            self._apply(model, left, calibration, record)
+            figures = self._write(run, model, tokenizer, calibration, record)
+            folder.rename(finished)  # a killed removal must not leave half a state
+            shutil.rmtree(finished)
+        process.wait_for_everyone()
+        return figures
+
+    def _shrink(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
+        """Write the student as it is after the methods that come before the recovery, once."""
+        if folder.exists():
+            return
+        from llmdistill.models import checkpoint
+
+        writing = folder.with_name("initial.writing")
+        shutil.rmtree(writing, ignore_errors=True)
+        source = run.artifact(self.checkpoint)
+        model, tokenizer = checkpoint.load(source.folder)
+        calibration = self._calibration(rows, tokenizer, model)
+        record: dict[str, Any] = {"before": _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}, "steps": []}
+        self._apply(model, [method for method in self.methods if not method.quantizes], calibration, record)
+        checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card="")
+        (writing / COMPRESSION).write_text(json.dumps(record), encoding="utf-8")
+        writing.rename(folder)
+
+    def _apply(self, model: "PreTrainedModel", methods: Sequence[CompressionMethod], calibration: "Calibration", record: dict[str, Any]) -> None:
+        """Each method in turn, what it did, and the held-out loss after it."""
+        for method in methods:
+            start = time.monotonic()
+            record["steps"].append(_step(model, method.kind, method, method.apply(model, calibration), calibration, start))
+
+    def _recover(
+        self,
+        run: Run,
+        recovery: Recover,
+        folder: Path,
+        model: "PreTrainedModel",
+        tokenizer: Any,
+        calibration: "Calibration",
+        rows: Sequence[RationaleRow],
+        quantizing: list[CompressionMethod],
+        record: dict[str, Any],
+    ) -> list[CompressionMethod]:
+        """Train the model for a while; returns the methods that are left, without the one whose rounding was trained with."""
+        from llmdistill.compress.recover_run import QuantizationAware, recover
+        from llmdistill.losses.recover import RecoveryLoss
+        from llmdistill.models import checkpoint
+        from llmdistill.train import Lessons
+
+        start = time.monotonic()
+        teacher, _ = checkpoint.load(run.artifact(self.checkpoint).folder)
+        weights = {"hard_weight": recovery.hard_weight, "kl_weight": recovery.kl_weight, "temperature": recovery.temperature}
+        by_split = {split: self._examples([row for row in rows if row.split == split], tokenizer, model) for split in ("train", "validation")}
+        aware = QuantizationAware(method=quantizing[0], calibration=calibration) if quantizing and recovery.quantization_aware else None
+        recovered = recover(
+            model,
+            RecoveryLoss(teacher, self.loss, **weights),
+            Lessons(train=by_split["train"], validation=by_split["validation"]),
+            recovery,
+            folder,
+            seed=self.seed,
+            journal=run,
+            aware=aware,
+        )
+        nothing = Applied(figures=recovered.figures, layers=())
+        record["steps"].append(_step(model, "recover", recovery, recovered.quantized or nothing, calibration, start) | {"training": dict(recovered.figures)})
+        return quantizing[1:] if recovered.quantized else quantizing
+
+    def _calibration(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "Calibration":
+        """Rows drawn by the hash of their ids: the same ones for every checkpoint that is compressed on this task."""
+        from llmdistill.compress.calibration import Calibration
+
+        examples = {}
+        for split, number in (("train", self.num_calibration_rows), ("validation", self.num_held_out_rows)):
+            examples[split] = self._examples(_drawn([row for row in rows if row.split == split], number), tokenizer, model)
+        if not examples["train"]:
+            raise ValueError(f"none of the {len(rows)} rationales has split 'train', so there is nothing to calibrate on; annotate some train rows")
+        return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
+
+    def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
+        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
+        limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
+        return self.loss.examples(lessons, tokenizer, model.config, **limits)
+
+    def _write(self, run: Run, model: "PreTrainedModel", tokenizer: Any, calibration: "Calibration", record: dict[str, Any]) -> dict[str, JsonScalar]:
+        """Write the checkpoint; returns its figures."""
+        from llmdistill.models import checkpoint
+
+        source = run.artifact(self.checkpoint)
+        record["after"] = _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}
+        if getattr(model.config, "llmdistill", None) is None:
+            model.config.llmdistill = task_section(self.task, self.loss, model.config, calibration.examples)
+        before, after = record["before"], record["after"]
+        figures: dict[str, JsonScalar] = {f"{name}_before": value for name, value in before.items()} | {f"{name}_after": value for name, value in after.items()}
+        figures["weight_bytes_share"] = round(after["weight_bytes"] / before["weight_bytes"], 4)
+        entry = {"technique": "compress", "settings": describe(self), "measured": figures}
+        card = _card(self, source, record, figures)
+        checkpoint.save(model.eval(), tokenizer, run.folder, lineage=[*source.lineage(), entry], card=card)
+        (run.folder / COMPRESSION).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return figures
+
+
+def _step(
+    model: "PreTrainedModel", technique: str, settings: CompressionMethod | Recover, applied: Applied, calibration: "Calibration", start: float
+) -> dict[str, Any]:
+    """What compression.json says of one step, which began at `start`."""
+    seconds, size, loss = time.monotonic() - start, _size(model), calibration.mean_loss(model)
+    log.info("%s: %.1f s, %s bytes, held-out loss %.4f nats", technique, seconds, f"{size['weight_bytes']:,}", loss)
+    return {
+        "technique": technique,
+        "settings": describe(settings),
+        "figures": dict(applied.figures) | size | {"held_out_loss_nats": loss, "seconds": round(seconds, 3)},
+        "layers": [asdict(layer) | _place(model, layer.path) for layer in applied.layers],
+    }
+
+
+def _drawn(rows: Sequence[RationaleRow], number: int) -> list[RationaleRow]:
+    return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:number]
+
+
+def _size(model: "PreTrainedModel") -> dict[str, int]:
+    """Numbers, and the bytes that they take on disk, tied ones once. A scale is a number too."""
+    parameters = list(model.parameters())
+    return {"parameters": sum(parameter.numel() for parameter in parameters), "weight_bytes": sum(parameter.nbytes for parameter in parameters)}
+
+
+def _place(model: "PreTrainedModel", path: str) -> dict[str, Any]:
+    """Where a layer is, for the heat map; nothing for what is in no slot (the embedding)."""
+    from llmdistill.compress.slots import slots
+
+    for slot in slots(model):
+        if path == slot.path or path.startswith(f"{slot.path}."):
+            return {"stack": slot.stack, "layer": slot.layer, "role": slot.role.value}
+    return {"stack": None, "layer": None, "role": None}
+
+
+def _card(stage: Compress, source: Checkpoint, record: Mapping[str, Any], figures: Mapping[str, JsonScalar]) -> str:
+    """README.md: what was done, after what the uncompressed student says of itself."""
+    steps = "\n".join(f"- `{write(method)}`" for method in stage.methods)
+    kept = [layer for step in record["steps"] for layer in step["layers"] if layer["kind"] == "kept"]
+    lines = "\n".join(f"- `{layer['path']}`: {layer['note']}" for layer in kept)
+    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    return f"""{source.model_card().rstrip()}
+
+# {stage.name}: compressed
+{steps}
+
+Import llmdistill first: `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM` then reads the folder as any other, and `llmdistill serve` serves it.
+
+| figure | value |
+|---|---|
+{table}
+
+## Kept as they were
+{lines or "Nothing."}
+"""
