@@ -7,9 +7,10 @@ Axes, as in Once-for-All (Cai et al. 2020, section 3), DynaBERT (Hou et al. 2020
   since they share one table of position biases with a column for each.
 - depth, of each stack: a depth of d keeps the d first of `layer_order`, in their own order, so that a shallower network's layers are among a deeper one's.
 - rank, of each layer: the first singular values of its low-rank linears.
-- model width: the first channels of everything that is added up along the residual stream. A root mean square norm then takes its mean over fewer channels.
-  The network is a sound one, and equals its extraction, but differs from the wide one by more than the channels that are gone: every norm rescales. So it costs
-  more without training than any other axis, and is off unless asked for; it is the only axis that makes embedding and head smaller.
+- model width: the first channels of everything that is added up along the residual stream. A root mean square norm then takes its mean over fewer channels, so
+  what is left is rescaled by every norm, unlike with heads or neurons. It is a sound network all the same, equals its extraction, and is the only axis that
+  makes embedding and head smaller, which are most of a small student. Without any training, on a T5 of 1.8 million parameters (held-out loss 0.244 nats):
+  three quarters of the width, 25% fewer parameters, 0.28; three quarters of the heads, 5% fewer, 0.29; half the width, 50% fewer, 0.96.
 
 `even` keeps to what one stock config can say: all layers of both stacks alike, but for the depths.
 """
