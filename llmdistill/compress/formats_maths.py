@@ -1,6 +1,6 @@
 """Weights as codes of few bits: each the nearest number that the format has, ties to the even code, what is too large to the largest.
 
-Shapes: O outputs, I inputs, G blocks = ceil(I / 32), S inputs of a block, N magnitudes of an element.
+Shapes: O outputs, I inputs, G blocks = ceil(I / 32), S inputs of a block.
 
 Block scaling: the shared exponent is that of the block's largest weight, less that of the largest number of the element (MX specification v1.0, section 6.3).
 The largest weight may then be above the largest number, up to a third in e2m1, and is clipped. `search` also tries the exponent above that and takes the
@@ -13,20 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmdistill.models.number_formats import BLOCK_SIZE, ELEMENTS, EXPONENT_BIAS, magnitudes_N, shared_scales_V, values_V
+from llmdistill.models.number_formats import BLOCK_SIZE, ELEMENTS, EXPONENT_BIAS, shared_scales_V, values_V
 
 CHUNK_NUMBERS = 2**21
 
 
 def nearest_codes(x: Tensor, element: str) -> Tensor:
-    """The code (uint8) of the nearest number, for numbers in any shape, in float32 or above."""
-    format_ = ELEMENTS[element]
-    magnitude_N = magnitudes_N(element).to(x.device)
-    middle_N = ((magnitude_N[1:] + magnitude_N[:-1]) / 2).to(x.dtype)  # float32 has these, too
-    size = x.abs()
-    index = torch.bucketize(size, middle_N)  # in a tie the lower one
-    is_tie = (index < len(middle_N)) & (size == middle_N[index.clamp(max=len(middle_N) - 1)])
-    index = index + (is_tie & (index % 2 == 1))
+    """The code (uint8) of the nearest number, for numbers in any shape, in float32 or above. Magnitudes are counted in the order of their sizes."""
+    format_, size = ELEMENTS[element], x.abs()
+    if format_.exponent_bits:
+        lowest, steps = 2 - (1 << (format_.exponent_bits - 1)), 1 << format_.mantissa_bits  # an exponent has that many magnitudes, and so have the subnormals
+        significand, exponent = torch.frexp(size)  # half to one: `exponent` is one above that of the format
+        is_normal = (exponent > lowest) & (size > 0)  # zero has no exponent
+        in_steps = torch.where(is_normal, significand * (2 * steps), size * (steps * 2.0**-lowest)).round_()  # torch rounds ties to even
+        index = in_steps + torch.where(is_normal, exponent - 1 - lowest, 0) * steps  # a mantissa that was rounded up to the next exponent is right as well
+    else:
+        index = (size * 64).round_()
+    index = index.clamp_(max=format_.num_magnitudes - 1).int()
     negative = index + (1 << (format_.bits - 1)) if format_.exponent_bits else -index % (1 << format_.bits)
     return torch.where(x < 0, negative, index).to(torch.uint8)
 
@@ -64,7 +67,7 @@ def _by_block(weight_OI: Tensor, element: str, search: bool) -> tuple[Tensor, Te
 def _with_exponent(weight_OGS: Tensor, exponent_OG: Tensor, element: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, squared error, and the exponent as far as a byte can hold it."""
     exponent_OG = exponent_OG.clamp(-EXPONENT_BIAS, EXPONENT_BIAS)
-    scale_OG1 = shared_scales_V().to(weight_OGS.device)[exponent_OG + EXPONENT_BIAS][..., None]
-    code_OGS = nearest_codes((weight_OGS / scale_OG1).to(weight_OGS.dtype), element)
+    scale_OG1 = shared_scales_V().to(weight_OGS.device, weight_OGS.dtype)[exponent_OG + EXPONENT_BIAS][..., None]
+    code_OGS = nearest_codes(weight_OGS / scale_OG1, element)
     off_OGS = values_V(element).to(weight_OGS.device)[code_OGS.int()] * scale_OG1 - weight_OGS
     return code_OGS, off_OGS.square().sum(-1), exponent_OG
