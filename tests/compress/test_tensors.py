@@ -31,7 +31,7 @@ from llmdistill.models.tokenizer import train_tokenizer
 
 VOCABULARY_SIZE = 96
 IDS: dict[str, Any] = {"vocab_size": VOCABULARY_SIZE, "pad_token_id": 0, "eos_token_id": 1}
-T5: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0, **IDS}
+T5: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 4, "num_layers": 1, "decoder_start_token_id": 0, **IDS}
 CAUSAL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **IDS}
 MODELS: dict[str, Callable[[], Any]] = {
     "t5 v1.0": lambda: new_t5(T5Config(**T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True})),
