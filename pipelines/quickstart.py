@@ -6,7 +6,7 @@ from scratch, with a tokenizer trained on the messages. It is trained twice, wit
 (Distilling step-by-step, Hsieh et al. 2023), and the report says which did better, beside a bag-of-words classifier that learned from the same labels.
 
 The student with labels alone is then compressed: every linear, the embedding and the head get a lower rank, a short re-distillation recovers what that cost,
-and what is left becomes int8. It is decoded as int8 and takes a sixth of the bytes.
+and what is left becomes int8. It is decoded as int8 and takes a fifth of the bytes.
 
 The messages come with their true intents, and those of the train rows are used for one thing: what the teacher got wrong is refused and not taught
 (`--no-check-gold` teaches it all, as one must where nothing is known). The teacher is wrong on three train rows of ten, and a student that knows no language
@@ -51,7 +51,7 @@ def pipeline(
     num_epochs: float = 16,
     learning_rate: float = 1e-2,
     batch_size: int = 32,
-    keep: float = 0.6,
+    keep: float = 0.8,
     recovery_epochs: float = 2,
     seed: int = 0,
 ) -> Stage[Report]:
