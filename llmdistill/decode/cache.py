@@ -97,6 +97,8 @@ class KVCache:
         self.column = 0  # where the next token of every row goes
         self.starts: list[int] = []  # the first column of each row
         self._hidden_RC: Tensor | None = None
+        self._views: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._views_key: tuple[int, int, int] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -149,12 +151,22 @@ class KVCache:
                 self._hidden_RC = None
         column, end = self.column, self.column + 1
         written, keys, values = [], [], []
-        for layer in self.store.layers:
-            folded = layer.flatten(1, 2)[:, : num_slots * layer.shape[2], first:end]
-            keys.append(folded[0].transpose(1, 2))
-            values.append(folded[1])
-            written.append(layer[:, :num_slots, :, column])
+        for slots, keys_NDC, values_NCD in self._all_columns(num_slots):
+            written.append(slots.select(3, column))
+            keys.append(keys_NDC[:, :, first:end])
+            values.append(values_NCD[:, first:end])
         return Window(written, keys, values, self._hidden(first, end))
+
+    def _all_columns(self, num_slots: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each layer: the slots in use, and keys (S*H, D, C) and values (S*H, C, D) in them; views that stay until slots or storage change."""
+        key = (num_slots, self.store.num_slots, self.store.num_columns)
+        if self._views_key != key:
+            self._views_key, self._views = key, []
+            for layer in self.store.layers:
+                used = layer[:, :num_slots]
+                keys, values = layer.flatten(1, 2)[:, : num_slots * layer.shape[2]].unbind(0)
+                self._views.append((used, keys.transpose(1, 2), values))
+        return self._views
 
     def advance(self) -> None:
         """The column that `window` gave was written."""

@@ -36,23 +36,23 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def feed_forward(norm_module: nn.Module, mlp: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + down(act(gate(norm(hidden))) * up(norm(hidden)))."""
-    norm = modules.norm(norm_module)
     if not modules.is_stock(mlp, LlamaMLP, Qwen2MLP):
+        norm = modules.norm(norm_module)
         return lambda hidden: hidden + mlp(norm(hidden))
-    return StockFeedForward(norm, mlp)
+    linears = [mlp.gate_proj, mlp.up_proj]
+    return modules.normed_feed_forward(norm_module, linears, mlp.act_fn, mlp.down_proj) or StockFeedForward(norm_module, mlp)
 
 
 class StockFeedForward:
     """The arithmetic of LlamaMLP and its residual, with any linears."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], mlp: Any) -> None:
-        self.norm = norm
-        self.gate_and_up = modules.separate_linears([mlp.gate_proj, mlp.up_proj])
+    def __init__(self, norm: nn.Module, mlp: Any) -> None:
+        self.gate_and_up = modules.normed_separate(norm, [mlp.gate_proj, mlp.up_proj])
         self.activation = modules.activation(mlp.act_fn, mlp.gate_proj)
         self.add_output = modules.residual_linear(mlp.down_proj)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_and_up(self.norm(hidden))
+        gate, up = self.gate_and_up(hidden)
         return self.add_output(hidden, self.activation(gate) * up)
 
 
@@ -60,8 +60,7 @@ class StockFeedForward:
 class Layer:
     """The callables of one layer."""
 
-    norm: Callable[[Tensor], Tensor]
-    qkv: Callable[[Tensor], Tensor]
+    qkv: Callable[[Tensor], Tensor]  # of the norm
     add_output: Callable[[Tensor, Tensor], Tensor]
     feed_forward: Callable[[Tensor], Tensor]
     num_heads: int  # of keys and values
@@ -89,8 +88,7 @@ class CausalDecoder:
         self.dtype = self.embed(torch.tensor([0], device=self.device)).dtype
         self.layers = [_layer(layer) for layer in inner.layers[: config.num_hidden_layers]]
         self.rotary = inner.rotary_emb
-        self.norm = modules.norm(inner.norm)
-        self.head = modules.head(model.lm_head)
+        self.head = modules.normed_head(inner.norm, model.lm_head)
         # A few prompts at a time keep the feed-forward's activations in a CPU's cache.
         self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
         self._cosine_sine: tuple[Tensor, Tensor] | None = None
@@ -154,11 +152,11 @@ class CausalBatch:
             bias = None if hidden_R1L is None else hidden_R1L.expand(-1, layer.num_heads, -1).reshape(-1, 1, hidden_R1L.shape[-1])
             hidden_SM = self._layer(layer, hidden_SM, window, index, rotation, bias)
         cache.advance()
-        return decoder.head(decoder.norm(hidden_SM))
+        return decoder.head(hidden_SM)
 
     def _layer(self, layer: Layer, hidden_SM: Tensor, window: Window, index: int, rotation: tuple[Tensor, Tensor], bias_N1L: Tensor | None) -> Tensor:
         num_slots, num_queries, num_heads = hidden_SM.shape[0], layer.num_heads * layer.num_groups, layer.num_heads
-        qkv = layer.qkv(layer.norm(hidden_SM)).view(num_slots, -1, layer.head_width)
+        qkv = layer.qkv(hidden_SM).view(num_slots, -1, layer.head_width)
         qk = _rotate(qkv[:, : num_queries + num_heads], rotation)
         written = window.written[index]
         written[0].copy_(qk[:, num_queries:])
@@ -186,7 +184,7 @@ class CausalBatch:
         hidden = decoder.embed(tokens_RP)
         for layer, stored in zip(decoder.layers, cache.store.layers, strict=True):
             num_queries, num_heads, width = layer.num_heads * layer.num_groups, layer.num_heads, layer.head_width
-            qkv = layer.qkv(layer.norm(hidden)).view(num_rows, num_columns, -1, width)
+            qkv = layer.qkv(hidden).view(num_rows, num_columns, -1, width)
             qk = _rotate(qkv[:, :, : num_queries + num_heads], rotation)
             queries, keys, values = (x.transpose(1, 2) for x in (qk[:, :, :num_queries], qk[:, :, num_queries:], qkv[:, :, num_queries + num_heads :]))
             for place, states in enumerate((keys, values)):
@@ -207,8 +205,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _layer(layer: Any) -> Layer:
     attention = modules.opened(modules.opened(layer, LlamaDecoderLayer, Qwen2DecoderLayer).self_attn, LlamaAttention, Qwen2Attention)
     return Layer(
-        norm=modules.norm(layer.input_layernorm),
-        qkv=modules.joint_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+        qkv=modules.normed_joint(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
         add_output=modules.residual_linear(attention.o_proj),
         feed_forward=feed_forward(layer.post_attention_layernorm, layer.mlp),
         num_heads=attention.k_proj.out_features // attention.head_dim,  # a layer's own: layers may differ (models/resized.py)

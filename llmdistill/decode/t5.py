@@ -32,11 +32,9 @@ if TYPE_CHECKING:
 class DecoderBlock:
     """The callables of one decoder block."""
 
-    self_norm: Callable[[Tensor], Tensor]
-    self_qkv: Callable[[Tensor], Tensor]
+    self_qkv: Callable[[Tensor], Tensor]  # of the norm
     add_self_output: Callable[[Tensor, Tensor], Tensor]
-    cross_norm: Callable[[Tensor], Tensor]
-    cross_q: Callable[[Tensor], Tensor]
+    cross_q: Callable[[Tensor], Tensor]  # of the norm
     cross_kv: Callable[[Tensor], Sequence[Tensor]]
     add_cross_output: Callable[[Tensor, Tensor], Tensor]
     feed_forward: Callable[[Tensor], Tensor]
@@ -64,10 +62,8 @@ class T5Decoder:
         if self.latent is not None and self.cross_cache is CrossCache.LATENT:
             self.latent.absorb(self.dtype)
         self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
-        self.norm = modules.norm(model.decoder.final_layer_norm)
         scales_output = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-        self.output_scale = model.model_dim**-0.5 if scales_output else 1.0
-        self.head = modules.head(model.lm_head)
+        self.head = modules.normed_head(model.decoder.final_layer_norm, model.lm_head, model.model_dim**-0.5 if scales_output else 1.0)
         self.clamp = clamp_float16 if self.dtype == torch.float16 else keep
         # Encoding a few prompts at a time keeps the feed-forward's activations in a CPU's cache.
         self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
@@ -135,20 +131,19 @@ class T5Batch:
         for index, block in enumerate(decoder.blocks):
             hidden_SM = self._layer(block, hidden_SM, window, index, biases, cross_views[index])
         self.cache.advance()
-        hidden_SM = decoder.norm(hidden_SM)
-        return decoder.head(hidden_SM if decoder.output_scale == 1 else hidden_SM * decoder.output_scale)
+        return decoder.head(hidden_SM)
 
     def _layer(
         self, block: DecoderBlock, hidden_SM: Tensor, window: Window, index: int, bias_N1L: Tensor, cross: tuple[Tensor, Tensor, Tensor | None]
     ) -> Tensor:
         num_slots, num_heads, width = hidden_SM.shape[0], block.num_heads, self.width
-        qkv_S3HD = block.self_qkv(block.self_norm(hidden_SM)).view(num_slots, 3, num_heads, block.head_width)
+        qkv_S3HD = block.self_qkv(hidden_SM).view(num_slots, 3, num_heads, block.head_width)
         window.written[index].copy_(qkv_S3HD[:, 1:].transpose(0, 1))
         queries = qkv_S3HD[:, 0].reshape(num_slots * num_heads, 1, block.head_width)
         attended = modules.attend(queries, window.keys[index], window.values[index], bias_N1L, 1.0)
         hidden_SM = self.decoder.clamp(block.add_self_output(hidden_SM, attended.view(num_slots, -1)))
 
-        queries = block.cross_q(block.cross_norm(hidden_SM))
+        queries = block.cross_q(hidden_SM)
         if self.latent is not None:
             queries = self.latent.queries(index, queries, width)
         elif width == 1:
@@ -210,11 +205,9 @@ def _decoder_block(block: Any, *, reads_latent: bool) -> DecoderBlock:
     cross_attention = _cross_attention(block)
     cross_kv = [cross_attention.k, cross_attention.v]
     return DecoderBlock(
-        self_norm=modules.norm(own.layer_norm),
-        self_qkv=modules.joint_linear([attention.q, attention.k, attention.v]),
+        self_qkv=modules.normed_joint(own.layer_norm, [attention.q, attention.k, attention.v]),
         add_self_output=modules.residual_linear(attention.o),
-        cross_norm=modules.norm(cross.layer_norm),
-        cross_q=modules.linear(cross_attention.q),
+        cross_q=modules.normed_joint(cross.layer_norm, [cross_attention.q]),
         cross_kv=modules.separate_linears([linear.up for linear in cross_kv] if reads_latent else cross_kv),
         add_cross_output=modules.residual_linear(cross_attention.o),
         feed_forward=feed_forward(last),

@@ -26,26 +26,26 @@ def feed_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + wo(act(wi(norm(hidden))))."""
     if not modules.is_stock(layer, T5LayerFF):
         return layer
-    norm, dense = modules.norm(layer.layer_norm), layer.DenseReluDense
+    dense = layer.DenseReluDense
     if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
+        norm = modules.norm(layer.layer_norm)
         return lambda hidden: hidden + dense(norm(hidden))
-    return StockFeedForward(norm, dense)
+    linears = [dense.wi_0, dense.wi_1] if isinstance(dense, T5DenseGatedActDense) else [dense.wi]
+    return modules.normed_feed_forward(layer.layer_norm, linears, dense.act, dense.wo) or StockFeedForward(layer.layer_norm, linears, dense)
 
 
 class StockFeedForward:
     """The arithmetic of T5LayerFF, with any linears."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor], dense: Any) -> None:
-        self.norm = norm
-        linears = [dense.wi_0, dense.wi_1] if isinstance(dense, T5DenseGatedActDense) else [dense.wi]
-        self.linears = modules.separate_linears(linears)
+    def __init__(self, norm: Any, linears: Sequence[Any], dense: Any) -> None:
+        self.linears = modules.normed_separate(norm, linears)
         self.activation = modules.activation(dense.act, linears[0])
         self.add_output = modules.residual_linear(dense.wo)
         weight = getattr(dense.wo, "weight", None)  # transformers keeps wo in float32 when the rest of the model is in half precision
         self.dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        gate, *linear = self.linears(self.norm(hidden))
+        gate, *linear = self.linears(hidden)
         inner = self.activation(gate)
         if linear:
             inner = inner * linear[0]
@@ -64,25 +64,23 @@ class T5Encoder:
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for norm, qkv, num_heads, add_output, add_feed_forward in self.blocks:
-            q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(norm(hidden_REM)))
+        for qkv, num_heads, add_output, add_feed_forward in self.blocks:
+            q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(hidden_REM))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
             hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
             hidden_REM = clamp(add_feed_forward(hidden_REM))
         return self.norm(hidden_REM)
 
 
-EncoderBlock: TypeAlias = (
-    "tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
-)
-"""Norm, q k v, number of heads, what adds the attention's output, the feed-forward."""
+EncoderBlock: TypeAlias = "tuple[Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
+"""q k v of the norm, number of heads, what adds the attention's output, the feed-forward."""
 
 
 def _encoder_block(block: Any) -> EncoderBlock:
     own, last = modules.opened(block, T5Block).layer
     attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
-    qkv = modules.separate_linears([attention.q, attention.k, attention.v])
-    return modules.norm(own.layer_norm), qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
+    qkv = modules.normed_separate(own.layer_norm, [attention.q, attention.k, attention.v])
+    return qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
 
 
 def keep(hidden: Tensor) -> Tensor:

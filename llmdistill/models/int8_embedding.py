@@ -66,8 +66,8 @@ class Int8Embedding(nn.Module):
         return head
 
     def forward(self, token_BL: Tensor) -> Tensor:
-        rows_BLD = F.embedding(token_BL, self.weight).float()
-        return (rows_BLD * self.scale_O[token_BL][..., None]).to(self.dtype)
+        scale_BL1 = F.embedding(token_BL, self.scale_O[:, None])
+        return (F.embedding(token_BL, self.weight) * scale_BL1).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"

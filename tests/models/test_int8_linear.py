@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from llmdistill.models import int8_product
 from llmdistill.models.int8_embedding import Int8Embedding
 from llmdistill.models.int8_linear import Int8Linear
-from llmdistill.models.int8_product import integer_product, product, quantize_rows, quantize_weight
+from llmdistill.models.int8_product import PackedWeight, integer_product, product, quantize_rows, quantize_weight, quantized
 
 SIZES = st.integers(1, 40)
 
@@ -113,3 +114,54 @@ def test_cuda_multiplies_the_same_integers(num_rows: int, num_inputs: int, num_o
     rows, _ = quantize_rows(x_MI)
     assert torch.equal(integer_product(rows.cuda(), integer_OI.cuda()).cpu(), integer_product(rows, integer_OI))
     torch.testing.assert_close(product(x_MI.cuda(), integer_OI.cuda(), scale_O.cuda()).cpu(), product(x_MI, integer_OI, scale_O), rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(params=["unsigned", "signed"])
+def format_of_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both formats of rows, whatever this processor would choose."""
+    if request.param == "signed":
+        monkeypatch.setattr(int8_product, "unsigned_is_exact", lambda: False)
+    elif not int8_product.unsigned_is_exact():
+        pytest.skip("no exact product of unsigned rows here")
+    return request.param
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+@pytest.mark.parametrize("num_inputs, num_outputs", [(1, 1), (3, 17), (300, 40), (64, int8_product.MANY_OUTPUTS + 1)])
+def test_a_packed_weight_multiplies_the_integers_exactly(format_of_codes: str, num_inputs: int, num_outputs: int, num_rows: int, nonnegative: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), generator=generator).to(torch.int8)
+    weight_OI[: num_outputs // 2] = -127
+    x_MI = torch.randint(0 if nonnegative else -127, 128, (num_rows, num_inputs), generator=generator).float()
+    x_MI[:, 0] = 127  # so that the scale is 1 and x are the codes
+    packed = PackedWeight(weight_OI, torch.full((num_outputs,), 2.0))
+    rows = quantized(x_MI, nonnegative=nonnegative)
+    assert rows.codes_MI.dtype == (torch.uint8 if format_of_codes == "unsigned" else torch.int8)
+    exact_MO = 2 * (x_MI.double() @ weight_OI.double().t())
+    assert torch.equal(packed.product(rows).double(), exact_MO)
+    assert torch.equal(packed.unscaled(rows, relu=True).double(), exact_MO.clamp(min=0))
+    assert torch.equal(packed.add_to(torch.ones(num_rows, num_outputs), rows).double(), exact_MO + 1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_rows_have_the_modules_codes_and_a_factor_is_in_their_scale_alone(format_of_codes: str, num_rows: int) -> None:
+    x_MI, weight_OI = drawn(num_rows, 50, 8, 3)
+    x_MI[0, :9] = 0
+    integer_OI, scale_O = quantize_weight(weight_OI)
+    codes_MI, scale_M1 = quantize_rows(x_MI)
+    factor = 3.0 if num_rows == 1 else torch.linspace(0.5, 3, num_rows)[:, None]
+    rows = quantized(x_MI, factor)
+    assert torch.equal(rows.codes_MI.int() - rows.offset, codes_MI.int())
+    torch.testing.assert_close(torch.as_tensor(rows.scale).expand(num_rows, 1), scale_M1 * factor)
+    torch.testing.assert_close(PackedWeight(integer_OI, scale_O).product(rows), product(x_MI, integer_OI, scale_O) * factor)
+    of_zeros = PackedWeight(integer_OI, scale_O).product(quantized(torch.zeros(num_rows, 50)))
+    assert torch.equal(of_zeros, torch.zeros(num_rows, 8))
+
+
+def test_not_a_number_stays_one(format_of_codes: str) -> None:
+    x_MI, weight_OI = drawn(2, 16, 4, 0)
+    x_MI[1, 3] = torch.nan
+    packed = PackedWeight(*quantize_weight(weight_OI))
+    assert packed.product(quantized(x_MI))[1].isnan().all()
+    assert packed.product(quantized(x_MI[1:])).isnan().all()
