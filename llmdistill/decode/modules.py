@@ -164,7 +164,10 @@ def normed_feed_forward(
 
 def share_down(modules: Sequence[Any]) -> bool:
     """Whether these are low-rank linears whose first factor is one and the same."""
-    return all(is_stock(module, LowRankLinear) and module.down.weight is modules[0].down.weight for module in modules) and len(modules) > 1
+    if len(modules) < 2 or not all(is_stock(module, LowRankLinear) for module in modules):
+        return False
+    factors = [[id(parameter) for parameter in module.down.parameters()] for module in modules]  # an int4 one has no `weight` to compare
+    return all(factor == factors[0] for factor in factors)
 
 
 def _product(weight_MO: Tensor, bias_O: Tensor | None, x: Tensor) -> Tensor:
