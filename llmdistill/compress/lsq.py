@@ -45,6 +45,8 @@ def install_lsq(model: nn.Module, quantized: nn.Module, *, start: StepStart = St
     grids: dict[int, Grid] = {}
     for path in paths:
         module: Any = model.get_submodule(path)
+        if any(module is one for one in made.values()):  # a module that stands in several places, as a low-rank embedding may, has it in all of them
+            continue
         if type(module) not in (nn.Linear, nn.Embedding):
             raise ValueError(f"{path} holds a {type(module).__name__}, and fake quantization takes the place of plain linears and embeddings: install it once")
         if id(module) not in made:

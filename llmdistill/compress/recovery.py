@@ -35,6 +35,8 @@ class Recover:
     temperature: float = 2.0
     """At which the logits are learned."""
     tuning: Full | LoRA = Full()
+    dropout: bool = False
+    """The student's dropout while it is trained. Off: what it is to say again was said without, and with it a good student only gets worse."""
     quantization_aware: bool = False
     """Train with the rounding of the int8 or int4 that follows, and learn its steps (lsq.py)."""
     steps: StepStart = StepStart.FITTED

@@ -18,6 +18,7 @@ from llmdistill.models import checkpoint
 from llmdistill.models.int4_linear import Int4Linear
 from llmdistill.models.int8_embedding import Int8Embedding
 from llmdistill.models.int8_linear import Int8Linear
+from llmdistill.models.low_rank_embedding import LowRankEmbedding
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.structure import structure_of, ties_of
 
@@ -191,6 +192,23 @@ def test_shared_weights_have_one_step() -> None:
     assert isinstance(t5.shared, Int8Embedding)
     assert t5.lm_head.weight is t5.shared.weight
     assert t5.lm_head.scale_O is t5.encoder.embed_tokens.scale_O
+
+
+def test_an_embedding_of_low_rank_that_is_one_module_gets_steps_once() -> None:
+    model = tiny("t5 v1.0")
+    embedding = LowRankEmbedding.from_factors(torch.randn(60, 8), torch.randn(8, 32))
+    for path in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
+        model.set_submodule(path, embedding)
+    model.set_submodule("lm_head", embedding.head())
+    install_lsq(model, quantized(model, INT8))
+    assert isinstance(model.shared.table, LSQEmbedding)
+    assert model.shared.table is model.decoder.embed_tokens.table
+    assert model.lm_head.up.grid is model.shared.table.grid
+    move(model)
+    evaluated = logits(model.eval())
+    convert(model)
+    assert torch.equal(logits(model), evaluated)
+    assert model.lm_head.up.weight is model.shared.table.weight
 
 
 def test_every_step_learns_and_none_is_decayed() -> None:

@@ -225,6 +225,23 @@ def test_a_recovery_that_harms_changes_nothing(settings: Recover, tmp_path: Path
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
 
 
+def test_dropout_is_off_unless_asked_for(tmp_path: Path) -> None:
+    ended = []
+    for rate, asked in ((0.0, False), (0.3, False), (0.3, True)):
+        model = crushed("t5 v1.1")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
+        for one in (model.config, model.encoder.config, model.decoder.config):
+            one.dropout_rate = rate
+        run(model, "t5 v1.1", tmp_path / f"{rate} {asked}", replace(RECOVER, dropout=asked, settings=replace(SETTINGS, duration=Steps(2))))
+        assert {one.dropout_rate for one in (model.config, model.encoder.config, model.decoder.config)} == {rate}
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {rate}
+        ended.append(weights_of(model))
+    assert all(torch.equal(tensor, ended[1][name]) for name, tensor in ended[0].items())
+    assert not all(torch.equal(tensor, ended[2][name]) for name, tensor in ended[0].items())
+
+
 def test_the_score_decides_where_it_is_to(tmp_path: Path) -> None:
     scores = iter([0.5, 0.2, 0.4, 0.3, 0.5])  # before, three evaluations, after
     lessons = replace(taught("llama"), score=lambda model: {"validation_accuracy": next(scores)})
