@@ -27,7 +27,7 @@ class Recover:
 
     kind: ClassVar[str] = "recover"
 
-    settings: TrainSettings = TrainSettings(duration=Epochs(3), learning_rate=5e-4, evaluate_every_steps=50)
+    settings: TrainSettings = TrainSettings(duration=Epochs(3), learning_rate=2e-4, evaluate_every_steps=50)
     kl_weight: float = 1.0
     """What KL from the uncompressed student's logits counts, part by part; a mean over tokens, as the cross-entropy is."""
     hard_weight: float = 1.0
