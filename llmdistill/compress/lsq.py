@@ -15,7 +15,7 @@ after LSQ+, Bhalgat et al. 2020, equation 6), in the precision in which it is st
 int8 product does, and have no step to learn; at 4 bits they are not rounded. The logarithm of the step is the parameter: Adam divides the size of a gradient
 out, and would move a step of 0.001 by the learning rate as it does a weight of 0.1. And steps begin at the scales found without training unless
 StepStart.PAPER is asked for, since a recovery is short. Measured on the quickstart's student, KL from what it was: int4 in groups of 128 has 0.0080 without
-training, and after 50 steps 0.0051, from the paper's start 0.0363 and 0.0133; int8 has 0.0001 without training, which leaves nothing to learn.
+training, and after 50 steps 0.0051, from the paper's start 0.0363 and 0.0133; int8 has 0.0001 without training, which 50 steps do not better.
 
 Shapes: O outputs (or tokens of an embedding), I inputs (or its width), G groups = ceil(I / S) or 1, S inputs of a group.
 """
