@@ -28,7 +28,7 @@ from llmdistill.train_settings import Epochs, TrainSettings
 QUICKSTART = Path(__file__).parent.parent / "pipelines" / "quickstart.py"
 
 
-def pipeline(keep: float = 0.8, num_epochs: float = 2, learning_rate: float = 5e-4, seed: int = 0) -> Stage[Report]:
+def pipeline(keep: float = 0.8, num_epochs: float = 2, learning_rate: float = 2e-4, seed: int = 0) -> Stage[Report]:
     """The quickstart's label-only student and six compressed ones.
 
     Args:

@@ -57,7 +57,7 @@ def pipeline(
     recover: bool = True,
     loss: Multitask | LabelOnly | RationaleOnly = Multitask(),
     duration: Epochs | Steps = Epochs(3),
-    learning_rate: float = 5e-4,
+    learning_rate: float = 2e-4,
     batch_size: int = 32,
     kl_weight: float = 1.0,
     temperature: float = 2.0,

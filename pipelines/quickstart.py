@@ -89,7 +89,7 @@ def pipeline(
         task=task,
         rationales=rationales,
         loss=LabelOnly(),
-        recover=Recover(settings=TrainSettings(batch_size=batch_size, duration=Epochs(recovery_epochs), learning_rate=5e-4, evaluate_every_steps=25)),
+        recover=Recover(settings=TrainSettings(batch_size=batch_size, duration=Epochs(recovery_epochs), learning_rate=2e-4, evaluate_every_steps=25)),
         seed=seed,
     )
     evaluations = tuple(Evaluate(name=f"evaluate_{one.name}", checkpoint=one, task=task, rationales=rationales) for one in (*students, compressed))

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import reviews
 
+from llmdistill.compress.svd import SVD
 from llmdistill.core.artifacts import Artifact, read_json, read_json_lines
 from llmdistill.core.fingerprint import identity_fields
 from llmdistill.core.graph import Graph
@@ -31,6 +32,7 @@ from llmdistill.core.pipeline import load
 from llmdistill.core.stage import Stage
 from llmdistill.core.store import Store
 from llmdistill.stages.annotate import Annotate
+from llmdistill.stages.compress import Compress
 from llmdistill.teach.teacher import Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +104,9 @@ def test_every_identity_field_of_every_stage_counts_for_it_and_those_below_alone
     annotate = Graph.above(last).stages[0]
     assert isinstance(annotate, Annotate)
     last = _with(last, annotate, dataclasses.replace(annotate, max_rows=100.0, sampling=Sampling(temperature=0.7)))  # so that more of both is allowed
+    compressed = next(stage for stage in Graph.above(last).stages if isinstance(stage, Compress))
+    in_order = tuple(dataclasses.replace(method, in_order=True) if isinstance(method, SVD) else method for method in compressed.methods)
+    last = _with(last, compressed, dataclasses.replace(compressed, methods=in_order))
     before = _keys(last)
     below = {name: {other.name for other in Graph.above(last).stages if name in _keys(other)} for name in before}
     num_fields = 0
@@ -170,6 +175,9 @@ def _others(value: Any) -> list[Any]:
         return [value + 1, value + 0.25, value * 0.9 - 0.01] if isinstance(value, float) else [value + 1, value + 2]
     if isinstance(value, str):
         return [value + "x", "train", "{text}"]
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        changes = [(place, changed) for place, item in enumerate(value) for _, changed in _changes(item)]
+        return [value[:-1], *((*value[:place], changed, *value[place + 1 :]) for place, changed in changes)]
     if isinstance(value, tuple):
         return [(*value, "x"), value[:-1]] if value else [("x",)]
     if isinstance(value, Mapping):

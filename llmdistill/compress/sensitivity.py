@@ -90,7 +90,9 @@ class _Swap:
 
     def __init__(self, model: Any, paths: tuple[str, ...], quantize: Replace) -> None:
         self.model, self.paths = model, paths
-        self.original = [quantize(model, path) for path in paths]
+        self.original = [model.get_submodule(path) for path in paths]  # all of them first: several paths may lead through one module
+        for path in paths:
+            quantize(model, path)
         self.quantized = [model.get_submodule(path) for path in paths]
 
     def put(self, *, quantized: bool) -> None:

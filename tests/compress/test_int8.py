@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantization_models import MODELS, VOCABULARY_SIZE, calibration, logits, tiny
+from quantization_models import MODELS, VOCABULARY_SIZE, calibration, drift, logits, tiny
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
@@ -23,6 +23,7 @@ from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.tokenizer import train_tokenizer
 
 ANY_RISE = 1e6
+PATHS_OF_TABLE = ("shared.table", "encoder.embed_tokens.table", "decoder.embed_tokens.table")
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,11 @@ def test_is_written_as_one_word() -> None:
     assert parse(write(method), (Int8,)) == method
     with pytest.raises(ValueError, match=r"Int8.max_loss_rise is -1"):
         Int8(max_loss_rise=-1)
+
+
+def test_a_sensitive_low_rank_embedding_stays_as_it_was_in_all_its_places() -> None:
+    model = tiny("t5 v1.0")
+    SVD(keep=0.5, scope=(Scope.EMBEDDINGS,)).apply(model, calibration())
+    applied = Int8(max_loss_rise=0.0).apply(model, drift(model))
+    assert {path for path in PATHS_OF_TABLE if type(model.get_submodule(path)) is torch.nn.Embedding} == set(PATHS_OF_TABLE)
+    assert set(PATHS_OF_TABLE) <= {layer.path for layer in applied.layers if layer.kind == "kept"}
