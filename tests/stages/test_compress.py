@@ -1,5 +1,6 @@
 """Methods in a legal order, recovery between them, a checkpoint that loads as it was written, a record of each layer; and a killed build goes on."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_an_order_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="methods is empty"):
         compress(tmp_path)
     with pytest.raises(ValueError, match="num_calibration_rows is 0; give 1 or more"):
-        Compress(**vars(compress(tmp_path, Int8())) | {"num_calibration_rows": 0})
+        dataclasses.replace(compress(tmp_path, Int8()), num_calibration_rows=0)
 
 
 def test_the_report_shows_each_layer_and_the_trade(tmp_path: Path) -> None:
