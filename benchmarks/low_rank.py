@@ -33,7 +33,8 @@ from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.statistics import evaluating, input_statistics
 from llmdistill.compress.svd import SVD, Data, Scope
-from llmdistill.compress.svd_apply import Found, factorise, found_of
+from llmdistill.compress.svd_apply import factorise
+from llmdistill.compress.svd_found import Found, found_of
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.source import ModelSource

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor
 
 from llmdistill.compress import low_rank_maths as maths
 from llmdistill.compress.block_by_block import Original, Rows, groups_of_block, stack_paths
-from llmdistill.compress.low_rank_maths import FLOOR, Gram, ShiftedMoments, Spectrum
+from llmdistill.compress.loss_importance import loss_importances
+from llmdistill.compress.low_rank_maths import FLOOR, ShiftedMoments, Spectrum
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.ranks import Allocation, Item, allocate, kept_share
 from llmdistill.compress.statistics import InputStatistics, evaluating, input_statistics
-from llmdistill.compress.svd import SVD, Data
+from llmdistill.compress.svd import SVD, Data, Importance
+from llmdistill.compress.svd_found import Found, found_of, gram_of, look
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.core.stage import JsonScalar
 
@@ -27,32 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmdistill.compress.calibration import Calibration
-    from llmdistill.compress.slots import Slot
 
 log = logging.getLogger(__name__)
-
-MAX_GRAM_BYTES = 2**30  # of the Gram matrices of one pass over the rows
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the rows say of one target."""
-
-    spectrum: Spectrum
-    num_dead_channels: int = 0
-    floor: float = 0.0
-    lost_K: Tensor | None = None
-    """What leaving out each direction adds to the squared error of the outputs; None where the outputs were not looked at."""
-
-    def figures(self, rank: int) -> dict[str, float]:
-        """The error of this rank, and whether a floor was needed."""
-        if self.lost_K is None:
-            return {"relative_weight_error": self.spectrum.relative_error(rank)}
-        total = float(self.lost_K.sum())
-        return {"relative_error": (float(self.lost_K[rank:].sum()) / total) ** 0.5 if total else 0.0} | self.floor_figures()
-
-    def floor_figures(self) -> dict[str, float]:
-        return {"num_dead_channels": self.num_dead_channels, "floor": self.floor} if self.floor else {}
 
 
 @torch.no_grad()
@@ -60,7 +37,17 @@ def apply(settings: SVD, model: PreTrainedModel, calibration: Calibration) -> Ap
     """Changes the model; with `in_order` layer by layer."""
     with evaluating(model):
         targets, kept = targets_of(model, settings.scope, settings.budget, calibration, counts_tokens=settings.data is not Data.PLAIN)
-        return factorise(settings, model, calibration, targets, kept, dict(_look(settings, model, targets, calibration)))
+        found = dict(look(settings, model, targets, calibration))
+        if settings.ranks is Allocation.GLOBAL and settings.importance is Importance.LOSS:
+            found = by_loss(settings, model, calibration, targets, found)
+        return factorise(settings, model, calibration, targets, kept, found)
+
+
+def by_loss(settings: SVD, model: PreTrainedModel, calibration: Calibration, targets: Sequence[Target], found: Mapping[str, Found]) -> dict[str, Found]:
+    """What was found, with directions in the order of what they do to the loss."""
+    lefts = {path: one.spectrum.left_OK for path, one in found.items()}
+    importances = loss_importances(model, targets, lefts, calibration, settings.num_gradient_rows)
+    return {path: one.by_importance(importances[path]) for path, one in found.items()}
 
 
 @torch.no_grad()
@@ -131,55 +118,12 @@ class _Work:
             )
 
 
-def _look(settings: SVD, model: PreTrainedModel, targets: Sequence[Target], calibration: Calibration) -> Iterator[tuple[str, Found]]:
-    """Spectra of all targets, in as many passes over the rows as the Gram matrices' memory asks for."""
-    ranks_by_rows = settings.data is not Data.PLAIN and not (settings.in_order and settings.ranks is Allocation.UNIFORM)
-    with_inputs = [target for target in targets if target.slot is not None and ranks_by_rows]
-    yield from ((target.path, found_of(settings, target, None)) for target in targets if target not in with_inputs)
-    for group in _passes(with_inputs):
-        slots: list[Slot] = [target.slot for target in group if target.slot is not None]
-        statistics = input_statistics(model, slots, calibration)
-        yield from ((target.path, found_of(settings, target, statistics[slot.input])) for target, slot in zip(group, slots, strict=True))
-
-
-def _passes(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """In their order, so many at a time as MAX_GRAM_BYTES has room for; those that read the same input together."""
-    group: list[Target] = []
-    inputs: dict[str, int] = {}
-    for target in targets:
-        assert target.slot is not None
-        num_bytes = 8 * target.weight_OI.shape[1] ** 2
-        if group and target.slot.input not in inputs and sum(inputs.values()) + num_bytes > MAX_GRAM_BYTES:
-            yield group
-            group, inputs = [], {}
-        group.append(target)
-        inputs[target.slot.input] = num_bytes
-    if group:
-        yield group
-
-
-def found_of(settings: SVD, target: Target, statistics: InputStatistics | None) -> Found:
-    """A target's spectrum; without statistics that of its weight."""
-    scaled_OI = target.scaled_OI
-    if statistics is None:
-        spectrum = maths.spectrum(scaled_OI, None)
-        return Found(spectrum, lost_K=spectrum.energy_K if settings.data is not Data.PLAIN and target.slot is None else None)
-    gram = _gram(settings, statistics)
-    spectrum = maths.spectrum(scaled_OI, gram.matrix_II)
-    lost_K = maths.lost_energy(scaled_OI, spectrum, statistics.gram_II)
-    compact = Spectrum(energy_K=spectrum.energy_K, left_OK=spectrum.left_OK.float())
-    return Found(compact, gram.num_dead_channels, gram.floor, lost_K)
-
-
-def _gram(settings: SVD, statistics: InputStatistics) -> Gram:
-    if settings.data is Data.ACTIVATION:
-        return maths.activation_gram(statistics.mean_magnitude_I, settings.alpha)
-    return maths.floored(statistics.gram_II)
-
-
 def _item(settings: SVD, target: Target, found: Found) -> Item:
     rank_cost, full_cost = target.costs(settings.budget)
-    return Item(name=target.path, importance=found.spectrum.energy_K.tolist(), rank_cost=rank_cost, full_cost=full_cost)
+    importance_K = found.spectrum.energy_K if found.importance_K is None else found.importance_K
+    if found.importance_K is None and settings.ranks is Allocation.GLOBAL:  # a share, since what an output counts is not known
+        importance_K = importance_K / (float(importance_K.sum()) or 1.0)
+    return Item(name=target.path, importance=importance_K.tolist(), rank_cost=rank_cost, full_cost=full_cost)
 
 
 def _in_order(work: _Work, calibration: Calibration) -> None:
@@ -240,7 +184,7 @@ def _factorise_shifted(work: _Work, target: Target, statistics: InputStatistics,
         found = found_of(work.settings, target, statistics)
         work.factorise(target, found.spectrum, weight_OI, found.figures(rank))
         return
-    gram = _gram(work.settings, statistics)
+    gram = gram_of(work.settings, statistics)
     corrected_OI = maths.corrected(weight_OI, moments.gram_II, moments.cross_II)
     spectrum = maths.spectrum(corrected_OI, gram.matrix_II)
     left_OR = spectrum.left_OK[:, :rank]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.batches import Example, Pair
 from llmdistill.compress import low_rank_maths as maths
-from llmdistill.compress import svd_apply
+from llmdistill.compress import svd_found
 from llmdistill.compress.block_by_block import Rows, groups_of_block, stack_paths
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.method import Applied
@@ -374,6 +374,6 @@ def test_is_written_as_one_string() -> None:
 def test_several_passes_over_the_rows_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     one, several = tiny("t5 v1.1"), tiny("t5 v1.1")
     first = SVD(scope=ALL).apply(one, FULL)
-    monkeypatch.setattr(svd_apply, "MAX_GRAM_BYTES", 3 * 8 * 32 * 32)
+    monkeypatch.setattr(svd_found, "MAX_GRAM_BYTES", 3 * 8 * 32 * 32)
     assert SVD(scope=ALL).apply(several, FULL) == first
     assert torch.equal(logits(one), logits(several))
