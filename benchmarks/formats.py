@@ -148,9 +148,9 @@ FORMATS: dict[str, Make] = {
 }
 FILES_ORDER = ("int4, groups of 32", "mxfp4 e2m1")
 SMOOTHED = {
-    "int8 after smoothing": SmoothQuant(),
-    "int8 after it, norms only": SmoothQuant(feed_forward=False),
-    "int8 after it, no powers of two": SmoothQuant(powers_of_two=False),
+    "smoothed int8": SmoothQuant(),
+    "smoothed int8, norms only": SmoothQuant(feed_forward=False),
+    "smoothed int8, powers of two": SmoothQuant(powers_of_two=True),
 }
 
 

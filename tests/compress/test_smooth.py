@@ -71,7 +71,7 @@ def test_what_the_model_computes_is_unchanged(name: str, powers_of_two: bool) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_powers_of_two_scale_without_rounding(name: str, dtype: torch.dtype) -> None:
     model, original = tiny(name, dtype), tiny(name, dtype)
-    applied = SmoothQuant().apply(model, calibration())
+    applied = SmoothQuant(powers_of_two=True).apply(model, calibration())
     changed = 0
     for (_, now), (_, before) in zip(model.named_parameters(), original.named_parameters(), strict=True):
         ratio = (now.double() / before.double()).nan_to_num(1.0)
@@ -105,7 +105,7 @@ def test_smoothing_the_feed_forward_helps_on_top_of_the_norms() -> None:
 
 def test_the_encoders_last_norm_is_folded_into_the_keys_and_values_of_all_decoder_layers() -> None:
     model, before = tiny("t5 v1.1"), tiny("t5 v1.1")
-    applied = SmoothQuant().apply(model, calibration())
+    applied = SmoothQuant(powers_of_two=True).apply(model, calibration())
     reading = [slot.path for slot in slots(model) if slot.role in (Role.CROSS_K, Role.CROSS_V)]
     assert {layer.path for layer in applied.layers if layer.note == "scales are in encoder.final_layer_norm"} == set(reading)
     scale_I = before.encoder.final_layer_norm.weight / model.encoder.final_layer_norm.weight
