@@ -7,7 +7,8 @@
         separate whitened    the same, whitened
         separate by loss     the same, ranks of all matrices by what they do to the loss
         joint uniform        one shared down-projection for q, k and v, whitened, the same share of each layer
-        joint by loss        the same, ranks of all layers by what they do to the loss: QSVD
+        joint by loss        the same, ranks of all layers by what they do to the loss
+        QSVD                 the same, and outputs count what the loss sees of them: the default
 
     Told are the error of the outputs of q, k and v on held-out rows, ||X (W - W')|| / ||X W|| over q, k and v of a layer, mean over layers, and held-out
     perplexity. Goal: joint below separate at equal parameters. Then QSVD.apply, timed.
@@ -37,9 +38,8 @@ from transformers.utils import logging
 
 from llmdistill.batches import Example, Pair
 from llmdistill.compress.calibration import Calibration
-from llmdistill.compress.low_rank_maths import Spectrum
 from llmdistill.compress.qsvd import QSVD
-from llmdistill.compress.qsvd_apply import Group, groups_of, loss_importances, spectra
+from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
 from llmdistill.compress.ranks import Allocation, allocate
 from llmdistill.compress.slots import slots
 from llmdistill.compress.statistics import input_statistics
@@ -84,28 +84,27 @@ class Bench:
         self.joint = groups_of(QSVD(), model)
         self.separate = [Group(slot.path, (slot,), (linear,)) for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)]
         both = [*self.joint, *self.separate]
+        self.weighed = [replace(group, name=f"{group.name}, weighed") for group in self.joint]
         with torch.no_grad():
-            self.plain = {group.name: one.spectrum for group, one in spectra(QSVD(data=Data.PLAIN), model, self.separate, calibration)}
-            self.whitened = {group.name: one.spectrum for group, one in spectra(QSVD(), model, both, calibration)}
-            self.importance = loss_importances(model, both, self.whitened, calibration, num_gradient_rows)
+            self.plain = {group.name: one for group, one in spectra(QSVD(data=Data.PLAIN), model, self.separate, calibration, {})}
+            scales = output_scales(model, self.weighed, calibration, num_gradient_rows // 2)
+            self.whitened = {group.name: one for group, one in spectra(QSVD(), model, [*both, *self.weighed], calibration, scales)}
+            self.importance = loss_importances(model, [*both, *self.weighed], self.whitened, calibration, num_gradient_rows)
             held_out = input_statistics(model, [group.reader for group in self.joint], replace(calibration, examples=calibration.held_out))
         self.grams = {group.name: held_out[group.reader.input].gram_II for group in self.joint}
         self.dense = {slot.path: linear.weight.detach().clone() for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)}
 
-    def forms(self) -> dict[str, tuple[Sequence[Group], Mapping[str, Spectrum], Mapping[str, Tensor], Allocation]]:
-        """Groups, spectra, importances and the allocation of each form."""
-        energies, uniform, ranked = (
-            ({name: one.energy_K for name, one in found.items()} for found in (self.plain, self.whitened)),
-            Allocation.UNIFORM,
-            Allocation.GLOBAL,
-        )
-        of_plain, of_whitened = energies
+    def forms(self) -> dict[str, tuple[Sequence[Group], Mapping[str, Found], Mapping[str, Tensor], Allocation]]:
+        """Groups, what was found of them, importances and the allocation of each form."""
+        of_plain, of_whitened = ({name: one.spectrum.energy_K for name, one in found.items()} for found in (self.plain, self.whitened))
+        uniform, ranked = Allocation.UNIFORM, Allocation.GLOBAL
         return {
             "separate plain": (self.separate, self.plain, of_plain, uniform),
             "separate whitened": (self.separate, self.whitened, of_whitened, uniform),
             "separate by loss": (self.separate, self.whitened, self.importance, ranked),
             "joint uniform": (self.joint, self.whitened, of_whitened, uniform),
             "joint by loss": (self.joint, self.whitened, self.importance, ranked),
+            "QSVD": (self.weighed, self.whitened, self.importance, ranked),
         }
 
     @torch.no_grad()
@@ -117,8 +116,9 @@ class Bench:
         ranks = allocate(items, keep, allocation)
         for group, item in zip(groups, items, strict=True):
             if not item.is_dense(ranks[group.name]):
-                left_OR = found[group.name].left_OK[:, orders[group.name][: ranks[group.name]]]
-                projected_OI = left_OR @ (left_OR.t() @ group.weight_OI())
+                up_OK, down_KI = found[group.name].stacked.parts(found[group.name].spectrum)
+                index_R = orders[group.name][: ranks[group.name]]
+                projected_OI = up_OK[:, index_R] @ down_KI[index_R]
                 for linear, part_OI in zip(group.linears, projected_OI.split([linear.out_features for linear in group.linears]), strict=True):
                     linear.weight.copy_(part_OI)
         error = statistics.mean(self._output_error(group) for group in self.joint)
@@ -216,11 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
     parser.add_argument("--calibration-rows", type=int, default=64)
-    parser.add_argument("--gradient-rows", type=int, default=64)
-    parser.add_argument("--held-out-rows", type=int, default=12)
+    parser.add_argument("--gradient-rows", type=int, default=32)
+    parser.add_argument("--held-out-rows", type=int, default=8)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4, 0.2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 128, 256, 384])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=["smollm2", "cross"], default=["smollm2", "cross"])
     arguments = parser.parse_args()

@@ -10,8 +10,8 @@ their own would take 6RI. In the model each of the three is a low-rank linear, a
 - Rotation. Between the factors, an orthogonal matrix and its inverse change nothing either, and spread outliers of the latent over its channels.
 
 Where we differ: the decomposition is whitened by the inputs' Gram matrix (low_rank_maths.py) where QSVD scales channels as ASVD does, which Data.ACTIVATION
-does here; a layer whose rank comes to break-even stays dense and takes part in the ranking as such; the exponent is searched for each decomposition by itself,
-and with the rotation in place.
+does here; outputs count as much as the loss sees of them, since what is stacked is otherwise compared by its size alone; a layer whose rank comes to
+break-even stays dense and takes part in the ranking as such; the exponent is searched for each decomposition by itself, and with the rotation in place.
 
 T5's cross-attention is no part of the source. The keys and values of all decoder layers read one tensor, the encoder's output, so that one decomposition can
 serve them all (`Cross.JOINT`): a rank costs I + 2 * layers * O in place of 2 * layers * (I + O), and the engine may cache the latent alone
@@ -41,6 +41,13 @@ class Importance(enum.Enum):
 
     LOSS = "the square of what it does to a row's loss, to first order"
     ENERGY = "its share of the layer's outputs, squared"
+
+
+class Outputs(enum.Enum):
+    """What the error of an output counts in the decomposition."""
+
+    LOSS = "the root mean square of the loss's gradient there, from row to row"
+    ALIKE = "as much as that of any other"
 
 
 class Cross(enum.Enum):
@@ -73,8 +80,9 @@ class QSVD:
     """ASVD's exponent; only `Data.ACTIVATION` has one."""
     ranks: Allocation = Allocation.GLOBAL
     importance: Importance = Importance.LOSS
-    num_gradient_rows: int = 64
-    """Of the calibration rows: as many are run backwards for the importance."""
+    outputs: Outputs = Outputs.LOSS
+    num_gradient_rows: int = 32
+    """Of the calibration rows: as many are run backwards for the importance, and half as many for the outputs."""
     cross: Cross = Cross.JOINT
     bits: int = 8
     """For which the exponent is chosen: of both factors and of the latent between them."""

@@ -18,7 +18,8 @@ from llmdistill.compress import qsvd_maths
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.low_rank_maths import FLOOR, Gram, Spectrum, activation_gram, floored, spectrum
 from llmdistill.compress.method import Applied, Layer
-from llmdistill.compress.qsvd import QSVD, Cross, Importance
+from llmdistill.compress.qsvd import QSVD, Cross, Importance, Outputs
+from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Item, allocate, kept_share, linear_costs
 from llmdistill.compress.slots import Role, Slot, plain, slots
 from llmdistill.compress.statistics import InputStatistics, evaluating, input_statistics
@@ -63,8 +64,9 @@ class Group:
 class Found:
     """What the rows say of a group."""
 
+    stacked: Stacked
     spectrum: Spectrum
-    """In the dtype of weight_OI."""
+    """Of the scaled weights, in their dtype."""
     gram: Gram | None
 
 
@@ -73,7 +75,8 @@ def apply(settings: QSVD, model: PreTrainedModel, calibration: Calibration) -> A
     """Change the model. What cannot be done is found before anything is changed."""
     groups = groups_of(settings, model)
     with evaluating(model):
-        found = {group.name: one for group, one in spectra(settings, model, groups, calibration)}
+        scales = output_scales(model, groups, calibration, max(1, settings.num_gradient_rows // 2)) if settings.outputs is Outputs.LOSS else {}
+        found = {group.name: one for group, one in spectra(settings, model, groups, calibration, scales)}
         importances = importances_of(settings, model, groups, found, calibration)
         orders = {name: importance_K.argsort(descending=True, stable=True) for name, importance_K in importances.items()}
         items = [group.item(settings, importances[group.name][orders[group.name]]) for group in groups]
@@ -123,8 +126,10 @@ def groups_of(settings: QSVD, model: PreTrainedModel) -> list[Group]:
     return [Group(name, tuple(group), tuple(plain(model, slot, "QSVD") for slot in group)) for name, group in members.items()]
 
 
-def spectra(settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration) -> Iterator[tuple[Group, Found]]:
-    """In as many passes over the rows as the Gram matrices' memory asks for."""
+def spectra(
+    settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, scales: Mapping[str, Tensor]
+) -> Iterator[tuple[Group, Found]]:
+    """In as many passes over the rows as the Gram matrices' memory asks for. Groups without a scale count all outputs alike."""
     bytes_of_group = 8 * max(group.linears[0].in_features ** 2 for group in groups)
     num = len(groups) if settings.data is Data.PLAIN else max(1, MAX_GRAM_BYTES // bytes_of_group)
     for first in range(0, len(groups), num):
@@ -132,59 +137,69 @@ def spectra(settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], cal
         statistics = {} if settings.data is Data.PLAIN else input_statistics(model, [group.reader for group in some], calibration)
         for group in some:
             weight_OI, gram = group.weight_OI(), None if settings.data is Data.PLAIN else _gram(settings, statistics[group.reader.input])
-            directions = spectrum(weight_OI, None if gram is None else gram.matrix_II)
-            yield group, Found(Spectrum(energy_K=directions.energy_K, left_OK=directions.left_OK.to(weight_OI.dtype)), gram)
+            scale_O = scales[group.name].to(weight_OI.dtype) if group.name in scales else torch.ones_like(weight_OI[:, 0])
+            stacked = Stacked(weight_OI=weight_OI, scale_O=scale_O)
+            directions = spectrum(stacked.scaled_OI, None if gram is None else gram.matrix_II)
+            yield group, Found(stacked, Spectrum(energy_K=directions.energy_K, left_OK=directions.left_OK.to(weight_OI.dtype)), gram)
 
 
 def importances_of(settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], found: Mapping[str, Found], calibration: Calibration) -> dict[str, Tensor]:
     """Of every direction of every group, in the spectrum's order."""
     if settings.importance is Importance.LOSS:
-        return loss_importances(model, groups, {name: one.spectrum for name, one in found.items()}, calibration, settings.num_gradient_rows)
+        return loss_importances(model, groups, found, calibration, settings.num_gradient_rows)
     energies = {name: one.spectrum.energy_K for name, one in found.items()}
     return {name: energy_K / (float(energy_K.sum()) or 1.0) for name, energy_K in energies.items()}  # a share, since what a layer's outputs count is unknown
 
 
-def loss_importances(
-    model: PreTrainedModel, groups: Sequence[Group], spectra_of: Mapping[str, Spectrum], calibration: Calibration, num_rows: int
-) -> dict[str, Tensor]:
-    """QSVD's, from the gradient of each row's own loss, in float32 or above: a model in less is copied for that."""
+def loss_importances(model: PreTrainedModel, groups: Sequence[Group], found: Mapping[str, Found], calibration: Calibration, num_rows: int) -> dict[str, Tensor]:
+    """QSVD's: the mean of the squares over rows."""
+    parts = {group.name: found[group.name].stacked.parts(found[group.name].spectrum) for group in groups}
+    sums = {group.name: torch.zeros_like(found[group.name].spectrum.energy_K) for group in groups}
+    num = 0
+    for gradients in row_gradients(model, groups, calibration, num_rows):
+        num += 1
+        for name, gradient_OI in gradients.items():
+            sums[name] += qsvd_maths.row_effects(*parts[name], gradient_OI).double().square()
+    return {name: sum_K / num for name, sum_K in sums.items()}
+
+
+def output_scales(model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int) -> dict[str, Tensor]:
+    """What each output of each group counts."""
+    sums: dict[str, Tensor] = {}
+    for gradients in row_gradients(model, groups, calibration, num_rows):
+        for name, gradient_OI in gradients.items():
+            sums[name] = sums.get(name, 0.0) + gradient_OI.double().square().sum(1)
+    return {name: qsvd_maths.output_scale(sum_O) for name, sum_O in sums.items()}
+
+
+def row_gradients(model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int) -> Iterator[dict[str, Tensor]]:
+    """Of each row's own loss, for each group's stacked weights, in float32 or above: a model in less is copied for that. Some rows, spread evenly."""
     differentiable: Any = model
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
         differentiable = copy.deepcopy(model).float()
-    weights = {slot.path: slot.module(differentiable).weight for group in groups for slot in group.slots}
-    lefts = {group.name: (spectra_of[group.name].left_OK, spectra_of[group.name].left_OK.t() @ group.weight_OI()) for group in groups}
-    sums = {group.name: torch.zeros_like(spectra_of[group.name].energy_K) for group in groups}
-    wanted = {parameter: parameter.requires_grad for parameter in differentiable.parameters()}
-    num = 0
+    weights = [slot.module(differentiable).weight for group in groups for slot in group.slots]
+    was_wanted = {parameter: parameter.requires_grad for parameter in differentiable.parameters()}
     try:
-        for parameter in wanted:
+        for parameter in was_wanted:
             parameter.requires_grad_(False)
-        for weight in weights.values():
+        for weight in weights:
             weight.requires_grad_(True)
-        for gradients in _row_gradients(differentiable, weights, _some(calibration, num_rows)):
-            num += 1
-            for group in groups:
-                effects_K = qsvd_maths.row_effects(*lefts[group.name], torch.cat([gradients[slot.path] for slot in group.slots]))
-                sums[group.name] += effects_K.double().square()
+        for number, batch in enumerate(_some(calibration, num_rows).batches(differentiable)):
+            with torch.enable_grad():
+                value = row_loss(calibration.loss, differentiable, batch)
+            if not bool(torch.isfinite(value)):
+                raise ValueError(f"the loss of calibration row {number} is {float(value)}, so it has no gradient for QSVD to look at: look at the model")
+            gradients = iter(torch.autograd.grad(value, weights))
+            yield {group.name: torch.cat([next(gradients) for _ in group.slots]) for group in groups}
     finally:
-        for parameter, was_wanted in wanted.items():
-            parameter.requires_grad_(was_wanted)
-    return {name: sum_K / num for name, sum_K in sums.items()}
+        for parameter, wanted in was_wanted.items():
+            parameter.requires_grad_(wanted)
 
 
 def row_loss(loss: Any, model: Any, batch: Any) -> Tensor:
     """The loss of one row: each part's mean over its tokens there, weighted and added up."""
     sums_P, counts_P = loss.sums_P(model, batch), loss.counts_P(batch)
     return (sums_P / counts_P.clamp(min=1) * sums_P.new_tensor(loss.weights)).sum()
-
-
-def _row_gradients(model: Any, weights: Mapping[str, Tensor], calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    for number, batch in enumerate(calibration.batches(model)):
-        with torch.enable_grad():
-            value = row_loss(calibration.loss, model, batch)
-        if not bool(torch.isfinite(value)):
-            raise ValueError(f"the loss of calibration row {number} is {float(value)}, so it has no gradient for QSVD's importance: look at the model")
-        yield dict(zip(weights, torch.autograd.grad(value, list(weights.values())), strict=True))
 
 
 def sampled_inputs(model: PreTrainedModel, readers: Sequence[Slot], calibration: Calibration) -> dict[str, Tensor]:
@@ -212,12 +227,12 @@ def sampled_inputs(model: PreTrainedModel, readers: Sequence[Slot], calibration:
 
 def _replace(settings: QSVD, model: PreTrainedModel, group: Group, found: Found, kept: Spectrum, inputs_TI: Tensor) -> Iterator[Layer]:
     """Low-rank linears around one down-projection, in the weights' dtype."""
-    weight_OI, first = group.weight_OI(), group.linears[0].weight
+    first = group.linears[0].weight
     rank, num_directions = len(kept.energy_K), len(found.spectrum.energy_K)
     rotation_RR = qsvd_maths.rotation(settings.rotation, rank, settings.seed)
     rotation_RR = None if rotation_RR is None else rotation_RR.to(first.device)
-    beta, _ = qsvd_maths.best_exponent(weight_OI, kept, rotation_RR, inputs_TI, settings.bits)
-    up_OR, down_RI = qsvd_maths.split(weight_OI, kept, beta, rotation_RR)
+    beta, _ = qsvd_maths.best_exponent(found.stacked, kept, rotation_RR, inputs_TI, settings.bits)
+    up_OR, down_RI = qsvd_maths.split(found.stacked, kept, beta, rotation_RR)
     shared = nn.Parameter(down_RI.to(first.dtype), requires_grad=first.requires_grad)
     latent_TR = inputs_TI @ shared.to(inputs_TI.dtype).t()
     ups = up_OR.to(first.dtype).split([linear.out_features for linear in group.linears])

@@ -19,10 +19,12 @@ from llmdistill.compress import qsvd_maths
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.int8 import Int8
 from llmdistill.compress.low_rank_maths import Spectrum, floored, spectrum
-from llmdistill.compress.qsvd import QSVD, Cross, Importance, Rotation
-from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, row_loss, spectra
+from llmdistill.compress.qsvd import QSVD, Cross, Importance, Outputs, Rotation
+from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, output_scales, row_loss, spectra
+from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
+from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import SVD, Data, Scope
 from llmdistill.core.spec import parse, write
 from llmdistill.decode.engine import CrossCache, Decoding, Engine
@@ -38,6 +40,10 @@ def tokenizer() -> Any:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def alike(weight_OI: Tensor) -> Stacked:
+    return Stacked(weight_OI=weight_OI, scale_O=torch.ones_like(weight_OI[:, 0]))
 
 
 def factorised(model: Any) -> dict[str, LowRankLinear]:
@@ -68,21 +74,23 @@ def test_at_full_rank_the_model_is_what_it_was(name: str, data: Data, cross: Cro
     assert num == {Cross.JOINT: 5, Cross.SEPARATE: 6, Cross.NONE: 4}[cross] if name.startswith("t5") else num == 2
 
 
-@pytest.mark.parametrize("data", [Data.PLAIN, Data.WHITENED])
+@pytest.mark.parametrize("data, outputs", [(Data.PLAIN, Outputs.ALIKE), (Data.WHITENED, Outputs.ALIKE), (Data.WHITENED, Outputs.LOSS)])
 @pytest.mark.parametrize("name", ["t5 v1.1", "qwen2"])
-def test_importance_is_a_finite_difference_of_each_rows_loss(name: str, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_is_a_finite_difference_of_each_rows_loss(name: str, data: Data, outputs: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
     for norm in (T5LayerNorm, Qwen2RMSNorm):  # transformers' own pass through float32
         monkeypatch.setattr(norm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon))
     model, rows = tiny(name, torch.float64), calibration(3)
     settings = QSVD(data=data, num_gradient_rows=100)
     groups = groups_of(settings, model)
-    found = {group.name: one for group, one in spectra(settings, model, groups, rows)}
+    scales = output_scales(model, groups, rows, 100) if outputs is Outputs.LOSS else {}
+    found = {group.name: one for group, one in spectra(settings, model, groups, rows, scales)}
     importances = importances_of(settings, model, groups, found, rows)
     assert all(not parameter.grad for parameter in model.parameters() if parameter.grad is not None)
     for group in (groups[0], groups[-1]):
-        left_OK, weight_OI = found[group.name].spectrum.left_OK, group.weight_OI()
-        for index in (0, 3, left_OK.shape[1] - 1):
-            part_OI = torch.outer(left_OK[:, index], left_OK[:, index] @ weight_OI)  # sigma_i u_i v_i^T S^-1
+        up_OK, down_KI = found[group.name].stacked.parts(found[group.name].spectrum)
+        weight_OI = group.weight_OI()
+        for index in (0, 3, up_OK.shape[1] - 1):
+            part_OI = torch.outer(up_OK[:, index], down_KI[index])  # sigma_i u_i v_i^T S^-1
             far, near = (_difference(model, group, weight_OI, part_OI, rows, step) for step in (0.02, 0.01))
             expected = float(((4 * near - far) / 3).square().mean())  # to fourth order
             assert float(importances[group.name][index]) == pytest.approx(expected, rel=1e-5, abs=1e-15)
@@ -108,7 +116,7 @@ def test_the_importance_of_a_bfloat16_model_is_that_of_its_weights_in_float32() 
         model = tiny("t5 v1.1", torch.bfloat16)
         model.to(dtype) if dtype is torch.float64 else None
         groups = groups_of(settings, model)
-        found = {group.name: one for group, one in spectra(replace(settings, data=Data.PLAIN), model, groups, rows)}
+        found = {group.name: one for group, one in spectra(replace(settings, data=Data.PLAIN), model, groups, rows, {})}
         importances.append(importances_of(settings, model, groups, found, rows))
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -132,14 +140,17 @@ def test_joint_factors_are_better_than_separate_ones_at_equal_parameters() -> No
 @pytest.mark.parametrize("rank", [1, 7, 8, 12, 24])
 def test_neither_exponent_nor_rotation_changes_the_product(rank: int, rotation: Rotation) -> None:
     weight_OI, inputs_TI = random(40, 24), random(60, 24, seed=1) * random(24, seed=2).exp()
-    full = spectrum(weight_OI, inputs_TI.t() @ inputs_TI)
+    stacked = Stacked(weight_OI=weight_OI, scale_O=random(40, seed=5).exp())
+    full = spectrum(stacked.scaled_OI, inputs_TI.t() @ inputs_TI)
+    torch.testing.assert_close(torch.matmul(*stacked.parts(full)), weight_OI)
     kept = qsvd_maths.chosen(full, torch.arange(rank))
-    projected = kept.left_OK @ kept.left_OK.t() @ weight_OI
+    up_OK, down_KI = stacked.parts(full)
+    projected = up_OK[:, :rank] @ down_KI[:rank]
     matrix = qsvd_maths.rotation(rotation, rank, seed=3)
     if matrix is not None:
         torch.testing.assert_close(matrix @ matrix.t(), torch.eye(rank, dtype=torch.float64))
     for beta in qsvd_maths.EXPONENTS:
-        up_OR, down_RI = qsvd_maths.split(weight_OI, kept, beta, matrix)
+        up_OR, down_RI = qsvd_maths.split(stacked, kept, beta, matrix)
         torch.testing.assert_close(up_OR @ down_RI, projected, rtol=1e-9, atol=1e-9)
 
 
@@ -148,7 +159,7 @@ def test_the_exponent_is_that_of_the_singular_values() -> None:
     kept = qsvd_maths.chosen(spectrum(weight_OI, inputs_TI.t() @ inputs_TI), torch.arange(10))
     sigma_R = kept.energy_K.sqrt()
     for beta in (0.0, 0.3, 1.0):
-        up_OR, down_RI = qsvd_maths.split(weight_OI, kept, beta, None)
+        up_OR, down_RI = qsvd_maths.split(alike(weight_OI), kept, beta, None)
         latents_R, columns_R = (inputs_TI @ down_RI.t()).norm(dim=0), up_OR.norm(dim=0)
         torch.testing.assert_close(latents_R / latents_R[0], (sigma_R / sigma_R[0]) ** beta)
         torch.testing.assert_close(columns_R / columns_R[0], (sigma_R / sigma_R[0]) ** (1 - beta))
@@ -160,9 +171,9 @@ def test_the_chosen_exponent_is_the_best_of_the_grid(bits: int, rotation: Rotati
     weight_OI, inputs_TI = random(40, 32) * random(40, 1, seed=4).exp(), random(80, 32, seed=1) * (2 * random(32, seed=2)).exp()
     kept = qsvd_maths.chosen(spectrum(weight_OI, inputs_TI.t() @ inputs_TI), torch.arange(16))
     matrix = qsvd_maths.rotation(rotation, 16, seed=0)
-    beta, errors = qsvd_maths.best_exponent(weight_OI, kept, matrix, inputs_TI, bits)
+    beta, errors = qsvd_maths.best_exponent(alike(weight_OI), kept, matrix, inputs_TI, bits)
     assert errors[beta] == min(errors.values()) <= errors[0.5]
-    up_OR, down_RI = qsvd_maths.split(weight_OI, kept, beta, matrix)
+    up_OR, down_RI = qsvd_maths.split(alike(weight_OI), kept, beta, matrix)
     by_hand = float((qsvd_maths.quantized_outputs(up_OR, down_RI, inputs_TI, bits) - inputs_TI @ weight_OI.t()).square().sum())
     assert errors[beta] == pytest.approx(by_hand)
 
@@ -172,15 +183,37 @@ def test_a_rotation_spreads_an_outlier_of_the_latent() -> None:
     weight_OI, inputs_TI = random(64, 32), random(200, 32, seed=1)
     inputs_TI[:, 0] *= 100
     kept = qsvd_maths.chosen(spectrum(weight_OI, inputs_TI.t() @ inputs_TI), torch.arange(16))
-    _, down_RI = qsvd_maths.split(weight_OI, kept, 1.0, None)
+    _, down_RI = qsvd_maths.split(alike(weight_OI), kept, 1.0, None)
     plain = qsvd_maths.rounded(inputs_TI @ down_RI.t(), 4)
     for kind in (Rotation.HADAMARD, Rotation.RANDOM):
         matrix = qsvd_maths.rotation(kind, 16, seed=0)
         assert matrix is not None
-        _, rotated_RI = qsvd_maths.split(weight_OI, kept, 1.0, matrix)
+        _, rotated_RI = qsvd_maths.split(alike(weight_OI), kept, 1.0, matrix)
         peak = [float((latent.abs().amax(1) / latent.norm(dim=1)).mean()) for latent in (inputs_TI @ down_RI.t(), inputs_TI @ rotated_RI.t())]
         assert peak[1] < 0.7 * peak[0]
     assert float((plain == 0).double().mean()) > 0.5
+
+
+def test_an_output_that_the_loss_does_not_see_gives_way_to_those_that_it_sees() -> None:
+    """And what the loss sees of outputs is the norm of its gradient's rows."""
+    model, rows = tiny("llama", torch.float64), calibration(4)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0  # the first head's values go nowhere
+    group = groups_of(QSVD(), model)[0]
+    scale_O = output_scales(model, [group], rows, 4)[group.name]
+    assert scale_O.square().mean() == pytest.approx(1 + qsvd_maths.LEAST_OUTPUT)
+    assert float(scale_O[:8].max()) < 1.01 * qsvd_maths.LEAST_OUTPUT**0.5  # its queries
+    assert float(scale_O[16:].min()) > 1.1 * qsvd_maths.LEAST_OUTPUT**0.5
+    weights = [group.weight_OI(), group.weight_OI()]
+    for settings, kept in zip((QSVD(outputs=Outputs.ALIKE), QSVD()), weights, strict=True):
+        changed = copy.deepcopy(model)
+        replace(settings, keep=0.3, ranks=Allocation.UNIFORM, importance=Importance.ENERGY).apply(changed, rows)
+        modules = [slot.module(changed) for slot in group.slots]
+        kept.copy_(torch.cat([module.up.weight @ module.down.weight for module in modules]).detach())
+    gram_II = input_statistics(model, [group.reader], rows)[group.reader.input].gram_II
+    errors_O = [(((kept - group.weight_OI()) @ gram_II) * (kept - group.weight_OI())).sum(1) for kept in weights]
+    assert float(errors_O[1][:8].sum()) > float(errors_O[0][:8].sum())
+    assert float((errors_O[1] * scale_O.square()).sum()) < float((errors_O[0] * scale_O.square()).sum())
 
 
 def test_rounding_is_by_row_and_within_half_a_step() -> None:
@@ -203,7 +236,7 @@ def test_what_is_declared_is_what_the_model_holds(name: str, importance: Importa
     assert figures["parameters_in_scope_after"] <= 0.6 * of_weights
     assert {layer.path for layer in applied.layers if layer.kind == "low_rank"} == set(factorised(model))
     assert {layer.path for layer in applied.layers} == {slot.path for group in groups_of(QSVD(), tiny(name)) for slot in group.slots}
-    assert all(0 <= layer.figures["relative_error"] <= 1 and layer.figures["exponent"] in qsvd_maths.EXPONENTS for layer in applied.layers if not layer.note)
+    assert all(0 <= layer.figures["relative_error"] <= 1 and 0 <= layer.figures["exponent"] <= 1 for layer in applied.layers if not layer.note)
 
 
 def _num_parameters(model: Any) -> int:
