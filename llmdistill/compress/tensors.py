@@ -17,6 +17,11 @@ Ranks are chosen under the parameters that are to be kept, for every tensor by i
 the largest that fits. A tensor that would not shrink stays dense, and its layers say so. A Tucker that cuts the model width only is a low-rank linear with a
 shared inner projection, and becomes one.
 
+What it gives (benchmarks/tensors.py: SmolLM2-135M, q, k, v and o of its first two layers, GSM8K, root mean square of the relative errors of their outputs on
+held-out rows; 0.8, 0.6, 0.4 of the parameters kept). Whitened: SVD of each matrix 0.076, 0.110, 0.154; Tucker 0.035, 0.054, 0.088; CP 0.033, 0.057, 0.098.
+Plain: 0.246, 0.307, 0.371; 0.210, 0.254, 0.363; 0.091, 0.152, 0.261. So CP is best where there are no rows to calibrate on; with rows Tucker is as good, in
+seconds and not minutes. Parameters are not work: at 0.6 kept a token costs 0.6 of the dense products with SVD, 0.9 with Tucker, and 1.8 with CP.
+
 Needs tensorly: pip install 'llmdistill[tensors]'.
 """
 
