@@ -4,11 +4,11 @@ FOLDER holds gsm8k's train.jsonl (calibration) and test.jsonl (held out); withou
 rows of 256 tokens.
 
 (a) The error of a layer's outputs on held-out inputs, ||X (W - W')|| / ||X W||, at equal rank: whitened against plain and ASVD. Goal: at most half of plain's.
-(b) Held-out perplexity with 20, 40 and 60% of the weights of all attention and feed-forward linears removed; and how ranks are best divided, and whether
-    taking layers in order and refining them helps.
-(c) The same for attention alone, where QSVD shares one projection among q, k and v.
+(b) Held-out perplexity with 20, 40 and 60% of the weights of all attention and feed-forward linears removed; how ranks are best divided (`ranks`), and whether
+    taking layers in order and refining them helps (`shift`).
+(c) The same for q, k and v alone, where QSVD shares one projection among them (`attention`).
 
-Statistics are collected once and used for all of (a) and (b), so what is timed is not what a user waits for; `--seconds` of one method are printed too.
+Statistics and gradients are collected once and used for all of (a) and (b), so seconds there are those of ranks and factors only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.statistics import evaluating, input_statistics
-from llmdistill.compress.svd import SVD, Data, Scope
+from llmdistill.compress.svd import SVD, Data, Importance, Scope
+from llmdistill.compress.svd_apply import by_loss as loss_ordered
 from llmdistill.compress.svd_apply import factorise
 from llmdistill.compress.svd_found import Found, found_of
 from llmdistill.compress.svd_targets import Target, targets_of
@@ -80,33 +81,49 @@ class Bench:
             self.statistics = input_statistics(model, slots(model)[:-1], calibration)
             self.held_out = input_statistics(model, slots(model)[:-1], replace(calibration, examples=calibration.held_out))
         print(f"statistics of {len(calibration.examples)} + {len(calibration.held_out)} rows: {time.perf_counter() - start:.0f} s", flush=True)
-        self.found: dict[Data, dict[str, Found]] = {}
+        self.found: dict[tuple[Data, bool], dict[str, Found]] = {}
+        self.measured: dict[Any, dict[str, Any]] = {}
 
     def targets(self, scope: Sequence[Scope] = (Scope.ATTENTION, Scope.FEED_FORWARD)) -> list[Target]:
         return targets_of(self.model, scope, Budget.PARAMETERS, self.calibration, counts_tokens=False)[0]
 
-    def look(self, data: Data) -> dict[str, Found]:
-        if data not in self.found:
-            settings, by_data = SVD(data=data), self._statistics(data)
-            self.found[data] = {target.path: found_of(settings, target, by_data(target)) for target in self.targets()}
-        return self.found[data]
+    def look(self, data: Data, *, by_loss: bool = False) -> dict[str, Found]:
+        """Spectra of all targets, their directions in the order of their energy or of what they do to the loss."""
+        if (data, by_loss) not in self.found:
+            settings = SVD(data=data, num_gradient_rows=len(self.calibration.examples))
+            if by_loss:
+                self.found[data, True] = loss_ordered(settings, self.model, self.calibration, self.targets(), self.look(data))
+            else:
+                statistics = {} if data is Data.PLAIN else self.statistics
+                found = {target.path: found_of(settings, target, statistics.get(target.slot.input) if target.slot else None) for target in self.targets()}
+                self.found[data, False] = found
+        return self.found[data, by_loss]
 
-    def _statistics(self, data: Data) -> Any:
-        return lambda target: None if data is Data.PLAIN else self.statistics[target.slot.input]
-
-    def perplexity(self, settings: Any, found: Mapping[str, Found] | None = None, *, only: Collection[str] = ()) -> dict[str, Any]:
-        """Of the model compressed so, or only the linears of these paths; a copy of it is changed."""
+    def perplexity(self, settings: Any, *, only: Collection[str] = ()) -> dict[str, Any]:
+        """Of the model compressed so, or only the linears of these paths; a copy of it is changed. Nothing is measured twice."""
+        if (settings, tuple(only)) in self.measured:
+            return self.measured[settings, tuple(only)]
         model = copy.deepcopy(self.model)
         start = time.perf_counter()
         if isinstance(settings, SVD) and not settings.in_order:
             targets, kept = targets_of(model, settings.scope, settings.budget, self.calibration, counts_tokens=False)
             targets = [target for target in targets if not only or target.path in only]
-            applied = factorise(settings, model, self.calibration, targets, kept, found or self.look(settings.data))
+            found = self.look(settings.data, by_loss=settings.ranks is Allocation.GLOBAL and settings.importance is Importance.LOSS)
+            applied = factorise(settings, model, self.calibration, targets, kept, found)
         else:
             applied = settings.apply(model, self.calibration)
         seconds = time.perf_counter() - start
         loss = self.calibration.mean_loss(model)
-        return {"perplexity": math.exp(min(loss, 50.0)), "loss_nats": loss, "seconds": seconds, "kept_dense": sum(one.kind == "kept" for one in applied.layers)}
+        dense = sum(one.kind == "kept" for one in applied.layers)
+        measured = {
+            "perplexity": math.exp(min(loss, 50.0)),
+            "loss_nats": loss,
+            "seconds": seconds,
+            "layers_dense": dense,
+            "share_kept": applied.figures["share_kept"],
+        }
+        self.measured[settings, tuple(only)] = measured
+        return measured
 
 
 def layer_errors(bench: Bench, keep: float) -> dict[str, Any]:
@@ -129,19 +146,28 @@ def layer_errors(bench: Bench, keep: float) -> dict[str, Any]:
     }
 
 
+def perplexities(bench: Bench, keep: float) -> dict[str, Any]:
+    """(b): the three forms with the same share for each layer, as in their papers, and with ranks by what they do to the loss."""
+    uniform = {f"{data.name.lower()} uniform": bench.perplexity(SVD(keep=keep, data=data, ranks=Allocation.UNIFORM)) for data in Data}
+    return uniform | {f"{data.name.lower()} by loss": bench.perplexity(SVD(keep=keep, data=data)) for data in Data}
+
+
 def rank_choices(bench: Bench, keep: float) -> dict[str, Any]:
-    """Perplexity with each division of the budget, whitened."""
-    return {allocation.name.lower(): bench.perplexity(SVD(keep=keep, ranks=allocation)) for allocation in Allocation}
+    """Whitened, with each division of the budget."""
+    forms = {"uniform": SVD(keep=keep, ranks=Allocation.UNIFORM), "energy": SVD(keep=keep, ranks=Allocation.ENERGY)}
+    forms |= {"global by energy": SVD(keep=keep, importance=Importance.ENERGY), "global by loss": SVD(keep=keep)}
+    return {name: bench.perplexity(settings) for name, settings in forms.items()}
 
 
 def shifted_inputs(bench: Bench, keep: float) -> dict[str, Any]:
-    """Perplexity with statistics taken once, in order, and in order with refinement."""
-    forms = {"once": SVD(keep=keep), "in_order": SVD(keep=keep, in_order=True), "refined": SVD(keep=keep, in_order=True, refine=True)}
+    """Statistics taken once, in order, and in order with refinement; the same share of every layer."""
+    once = SVD(keep=keep, ranks=Allocation.UNIFORM)
+    forms = {"once": once, "in order": replace(once, in_order=True), "refined": replace(once, in_order=True, refine=True)}
     return {name: bench.perplexity(settings) for name, settings in forms.items()}
 
 
 def attention_alone(bench: Bench, keep: float) -> dict[str, Any]:
-    """Perplexity with q, k and v of low rank, each with factors of its own and with a shared projection, at the same number of parameters."""
+    """(c): q, k and v of low rank, each with factors of its own and with a shared projection, at the same number of parameters."""
     from llmdistill.compress.qsvd import QSVD
 
     own = [target for target in bench.targets((Scope.ATTENTION,)) if target.slot is not None and target.slot.role in (Role.Q, Role.K, Role.V)]
@@ -152,8 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="where to write the figures")
-    parser.add_argument("--calibration-rows", type=int, default=64)
-    parser.add_argument("--held-out-rows", type=int, default=24)
+    parser.add_argument("--calibration-rows", type=int, default=32)
+    parser.add_argument("--held-out-rows", type=int, default=12)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument(
         "--parts", nargs="+", choices=["errors", "perplexity", "ranks", "shift", "attention"], default=["errors", "perplexity", "ranks", "shift", "attention"]
@@ -192,7 +218,7 @@ def main() -> None:
             flush=True,
         )
     parts = {
-        "perplexity": lambda keep: {data.name.lower(): bench.perplexity(SVD(keep=keep, data=data)) for data in Data},
+        "perplexity": lambda keep: perplexities(bench, keep),
         "ranks": lambda keep: rank_choices(bench, keep),
         "shift": lambda keep: shifted_inputs(bench, keep),
         "attention": lambda keep: attention_alone(bench, keep),

