@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+BLOCK = 128
+
 
 def row_generator(seed: int, prompt: Sequence[int]) -> random.Random:
     """A generator of its own for each seed and prompt."""
@@ -54,10 +56,27 @@ def draw(scores_BV: Float[Tensor, "B V"], uniforms: Sequence[float]) -> Int[Tens
     return torch.searchsorted(cumulated_BV, places_B1, right=True)[:, 0]
 
 
+def likeliest(logits_BV: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+    """argmax: of the blocks' maxima, then in the best block. By itself it takes ten times as long on a CPU, where nothing vectorises it."""
+    num_blocks = logits_BV.shape[-1] // BLOCK
+    if logits_BV.device.type != "cpu" or num_blocks < 2:
+        return logits_BV.argmax(-1)
+    blocked_BV, rest_BV = logits_BV.split([num_blocks * BLOCK, logits_BV.shape[-1] - num_blocks * BLOCK], -1)
+    blocks = blocked_BV.unflatten(-1, (num_blocks, BLOCK))
+    largest = blocks.amax(-1)
+    best_B = largest.argmax(-1)
+    rows_B = torch.arange(len(logits_BV))
+    tokens_B = best_B * BLOCK + blocks[rows_B, best_B].argmax(-1)
+    if not rest_BV.shape[-1]:
+        return tokens_B
+    # A row with NaN has NaN as its largest, here as in argmax, and `choose` refuses it.
+    return torch.where(rest_BV.amax(-1) > largest[rows_B, best_B], num_blocks * BLOCK + rest_BV.argmax(-1), tokens_B)
+
+
 def choose(logits_BV: Float[Tensor, "B V"], decodings: Sequence[Decoding], generators: Sequence[random.Random]) -> tuple[list[int], list[float]]:
     """The next token of every row and the model's log-probability of it."""
     logits_BV = logits_BV.float()  # as transformers does, so that ties are broken alike
-    tokens_B = logits_BV.argmax(-1)
+    tokens_B = likeliest(logits_BV)
     rows_by_filter: dict[tuple[float, int, float], list[int]] = defaultdict(list)
     for row, decoding in enumerate(decodings):
         if decoding.temperature > 0:

@@ -17,7 +17,7 @@ from transformers_reference import padded
 
 from llmdistill.decode.decoding import Decoding
 from llmdistill.decode.engine import Engine
-from llmdistill.decode.sampling import draw, filter_logits
+from llmdistill.decode.sampling import BLOCK, draw, filter_logits, likeliest
 
 
 @given(
@@ -39,6 +39,13 @@ def test_keeps_and_weights_the_tokens_that_transformers_does(seed: int, temperat
         reference_BV = TopPLogitsWarper(top_p)(torch.empty(0), reference_BV)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(ours_BV.softmax(-1), reference_BV.softmax(-1), rtol=1e-9, atol=1e-12)
     assert torch.equal(ours_BV.isinf(), reference_BV.isinf())
+
+
+@pytest.mark.parametrize("num_tokens", [1, BLOCK, 2 * BLOCK, 2 * BLOCK + 1, 5 * BLOCK - 1])
+def test_the_likeliest_is_the_first_of_the_largest(num_tokens: int) -> None:
+    logits_BV = torch.randint(0, 4, (64, num_tokens), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    logits_BV[:32] = torch.randn(32, num_tokens, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(likeliest(logits_BV), logits_BV.argmax(-1))
 
 
 def test_evenly_spread_numbers_draw_each_token_by_its_probability() -> None:
