@@ -10,9 +10,9 @@ their stack,
     E = sum_w p_w (C_w + sum over depths d p_d (C_wd - C_w) + sum over other decisions k, choices i, depths d  p_d p_i (C_wdki - C_wd))
 
 where C_wdki is the cost of the whole model but for the width w, the depth d of k's stack and the choice i of k. A decision that concerns both stacks counts
-once, and for each stack what the depth changes about it. That is exact wherever the cost, at a given width, is a sum over layers of what each decision adds,
-such as operations and parameters of dense layers; a rank that goes with heads or neurons, and whatever a device does, are left to `errors`, which says by how
-much it misses.
+once, and for each stack what the depth changes about it. Since low-rank linears cost rank times sizes, a layer's rank also has what it and the heads, and it
+and the neurons, cost together beyond both alone. That is exact wherever the cost, at a given width, is a sum over layers of what each decision adds, such as
+operations and parameters. Of other costs, such as milliseconds of a device with a dislike for some sizes, `errors` says by how much it misses.
 
 Shapes: C costs.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-_LETTERS = "abd"  # of the decisions of one term in einsum; c is that of the costs
+_LETTERS = "abde"  # of the decisions of one term in einsum; c is that of the costs
 
 
 class ExpectedCost:
@@ -48,15 +48,12 @@ class ExpectedCost:
         for place, decision in enumerate(decisions.open):
             if decision.axis == "width":
                 continue
-            alone = self._change(place, ())
-            depths = decisions.depth_places(place)
-            if len(depths) != 1:
-                self._terms.append(((*self._always, place), alone))
-            for depth in depths:
-                with_depth = self._change(place, (depth,))
-                if len(depths) > 1:
-                    with_depth = with_depth - alone.unsqueeze(len(self._always))
-                self._terms.append(((*self._always, depth, place), with_depth))
+            self._add((place,), decisions.depth_places(place))
+            if decision.axis == "rank":
+                for axis in ("heads", "ffn"):
+                    partner = decisions.place(axis, decision.stack, decision.layer)
+                    if partner is not None:
+                        self._add((partner, place), decisions.depth_places(place))
 
     def __call__(self, probabilities: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, " C"]:
         """The mean of each cost; probabilities in the order of the decisions, in float64."""
@@ -77,9 +74,25 @@ class ExpectedCost:
         taken_SC = torch.stack([self.of(subnet) for subnet in subnets])
         return dict(zip(self.names, ((taken_SC - true_SC).abs() / true_SC).mean(0).tolist(), strict=True))
 
-    def _change(self, place: int, given: tuple[int, ...]) -> Tensor:
-        """What each choice costs more than the whole, for each width and each choice of `given`."""
-        return self._table((*self._always, *given, place)) - self._table((*self._always, *given)).unsqueeze(-2)
+    def _add(self, places: tuple[int, ...], depths: tuple[int, ...]) -> None:
+        """The terms of these decisions together, beyond those of each alone, at the depths."""
+        alone = self._beyond((), places)
+        if len(depths) != 1:
+            self._terms.append(((*self._always, *places), alone))
+        for depth in depths:
+            at_depth = self._beyond((depth,), places)
+            if len(depths) > 1:
+                at_depth = at_depth - alone.unsqueeze(len(self._always))
+            self._terms.append(((*self._always, depth, *places), at_depth))
+
+    def _beyond(self, given: tuple[int, ...], places: tuple[int, ...]) -> Tensor:
+        """What each choice costs more than the whole, or two choices together more than each alone, for each width and each choice of `given`."""
+        given = (*self._always, *given)
+        if len(places) == 1:
+            return self._table((*given, *places)) - self._table(given).unsqueeze(-2)
+        first, second = places
+        both = self._table((*given, first, second)) - self._table(given)[..., None, None, :]
+        return both - self._beyond(given[len(self._always) :], (first,)).unsqueeze(-2) - self._beyond(given[len(self._always) :], (second,)).unsqueeze(-3)
 
     def _table(self, places: tuple[int, ...]) -> Tensor:
         """Costs of all choices of these decisions, all others being the whole."""
