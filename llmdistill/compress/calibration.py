@@ -16,6 +16,7 @@ from llmdistill.batches import Batch, Example, collate
 from llmdistill.train import Loss
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -27,6 +28,8 @@ class Calibration:
     loss: Loss
     held_out: Sequence[Example] = ()
     """Rows on which settings are chosen (exponents, sensitive layers); the rows themselves where there are none."""
+    known_loss: float | None = None
+    """The held-out loss of the model that a method is given, where it was measured before."""
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -48,6 +51,12 @@ class Calibration:
         model.train(was_training)
         total: Any = (torch.as_tensor(self.loss.weights, dtype=torch.float64) * (sums / counts.clamp(min=1)).cpu()).sum()  # pyright: ignore[reportAttributeAccessIssue]
         return float(total)
+
+
+def row_loss(loss: Loss, model: Any, batch: Batch) -> Tensor:
+    """The loss of one row: each part's mean over its tokens there, weighted and added up."""
+    sums_P, counts_P = loss.sums_P(model, batch), loss.counts_P(batch)
+    return (sums_P / counts_P.clamp(min=1) * sums_P.new_tensor(loss.weights)).sum()
 
 
 def rows(examples: Sequence[Example], model: Any) -> Iterator[Batch]:

@@ -76,7 +76,8 @@ def _with_embedding(model: Any, calibration: Calibration, applied: Applied, max_
 
     weight = table.weight.detach().float()
     error = float((quantized.weight.float() * quantized.scale_O[:, None] - weight).norm() / weight.norm())
-    sensitivity = keep_sensitive(model, [paths], quantize, calibration, max_loss_rise)
+    known = dataclasses.replace(calibration, known_loss=applied.held_out_loss)
+    sensitivity = keep_sensitive(model, [paths], quantize, known, max_loss_rise)
     layers = {layer.path: layer for layer in applied.layers} | {layer.path: layer for layer in sensitivity.kept}
     for path in paths:
         if not sensitivity.is_kept(path):
@@ -84,4 +85,4 @@ def _with_embedding(model: Any, calibration: Calibration, applied: Applied, max_
             layers[path] = Layer(path=path, kind=kind, figures={"bits": 8 + 32 / weight.shape[1], "relative_weight_error": error})
     kept = sum(layer.kind == "kept" for layer in layers.values())
     figures = dict(applied.figures) | {"layers_quantized": len(layers) - kept, "layers_kept": kept}
-    return Applied(figures=figures, layers=tuple(layers.values()))
+    return Applied(figures=figures, layers=tuple(layers.values()), held_out_loss=sensitivity.loss_after)

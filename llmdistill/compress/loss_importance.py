@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmdistill.compress.qsvd_apply import row_loss
+from llmdistill.compress.calibration import row_loss
 from llmdistill.compress.svd_targets import Target
 
 if TYPE_CHECKING:

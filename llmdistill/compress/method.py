@@ -35,6 +35,8 @@ class Applied:
     figures: Mapping[str, JsonScalar]
     """For the lineage and the manifest, with units in the names."""
     layers: tuple[Layer, ...]
+    held_out_loss: float | None = None
+    """Of the model as it is now, in nats, where the method has measured it."""
 
 
 class Method(Protocol):

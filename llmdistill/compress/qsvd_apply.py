@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compress import qsvd_maths
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.calibration import Calibration, row_loss
 from llmdistill.compress.low_rank_maths import FLOOR, Gram, Spectrum, activation_gram, floored, spectrum
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.qsvd import QSVD, Cross, Importance, Outputs
@@ -194,12 +194,6 @@ def row_gradients(model: PreTrainedModel, groups: Sequence[Group], calibration: 
     finally:
         for parameter, wanted in was_wanted.items():
             parameter.requires_grad_(wanted)
-
-
-def row_loss(loss: Any, model: Any, batch: Any) -> Tensor:
-    """The loss of one row: each part's mean over its tokens there, weighted and added up."""
-    sums_P, counts_P = loss.sums_P(model, batch), loss.counts_P(batch)
-    return (sums_P / counts_P.clamp(min=1) * sums_P.new_tensor(loss.weights)).sum()
 
 
 def sampled_inputs(model: PreTrainedModel, readers: Sequence[Slot], calibration: Calibration) -> dict[str, Tensor]:

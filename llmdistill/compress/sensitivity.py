@@ -7,7 +7,8 @@ them by their own rise, and the fewest are kept, the most sensitive first, with 
 above the limit is among them, except where another one makes up for it.
 
 Cost: one measurement where all is well. Else one short measurement a candidate (on `num_rows` rows, the same ones before and after, so that the difference is
-that of the layer and not of the rows) and log2(candidates) full ones, since the number to keep is found by bisection.
+that of the layer and not of the rows) and log2(candidates) full ones, since the number to keep is found by bisection. Of many candidates, those are measured
+alone whose rise is estimated to be largest (estimated_rise.py: one pass for all of them), and the others rank behind them by the estimate.
 
 A loss that is not finite counts as an infinite rise.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmdistill.compress.estimated_rise import estimated_rises
 from llmdistill.compress.method import Layer
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ Replace: TypeAlias = "Callable[[Any, str], nn.Module]"
 """Puts the quantized module in the place of the one at this path of the model, and gives back the one that was there."""
 
 NUM_ROWS = 16
+NUM_MEASURED = 32
+"""So many candidates are quantized alone, the most sensitive ones by estimate, where there are more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class Sensitivity:
     kept: tuple[Layer, ...]
     """The layers that stay as they were, the most sensitive first."""
     rises: dict[str, float]
-    """The rise of each path's candidate when quantized alone, in nats; empty where no single ones had to be measured."""
+    """The rise of each path's candidate when quantized alone, in nats, of those that were measured; empty where no single ones had to be."""
 
     def is_kept(self, path: str) -> bool:
         return any(layer.path == path for layer in self.kept)
@@ -63,25 +67,29 @@ def keep_sensitive(
     if not (math.isfinite(max_loss_rise) and max_loss_rise >= 0):
         raise ValueError(f"max_loss_rise is {max_loss_rise}; give the nats by which the held-out loss may rise, 0 or more, such as 0.02")
     groups = [(candidate,) if isinstance(candidate, str) else candidate for candidate in candidates]
-    before = calibration.mean_loss(model)
+    before = calibration.mean_loss(model) if calibration.known_loss is None else calibration.known_loss
     if not math.isfinite(before):
         raise ValueError(f"the held-out loss is {before} before anything is quantized, so no rise can be measured: look at the model, or use a wider dtype")
     swaps = [_Swap(model, paths, quantize) for paths in groups]
     everything = after = calibration.mean_loss(model)
     kept: list[int] = []
-    rises: list[float] = []
+    rises: dict[int, float] = {}
     if _rise(before, everything) > max_loss_rise:
         log.info("with all layers quantized the held-out loss goes from %.4f to %.4f nats: looking for the sensitive ones", before, everything)
-        rises = _alone(model, swaps, calibration, num_rows)
-        ranked = sorted(range(len(swaps)), key=lambda index: -rises[index])
+        few = replace(calibration, held_out=tuple(calibration.held_out or calibration.examples)[:num_rows])
+        for swap in swaps:
+            swap.put(quantized=False)
+        suspects, others = _suspects(model, swaps, few)
+        rises = _alone(model, swaps, suspects, few)
+        ranked = [*sorted(suspects, key=lambda index: -rises[index]), *others]
         kept, after = _fewest(model, swaps, ranked, calibration, before, max_loss_rise)
-    notes = [(path, rises[index]) for index in kept for path in groups[index]]
+    notes = [(path, rises.get(index)) for index in kept for path in groups[index]]
     return Sensitivity(
         loss_before=before,
         loss_after=after,
         loss_all_quantized=everything,
         kept=tuple(Layer(path=path, kind="kept", note=_note(rise, _rise(before, everything), max_loss_rise), figures=_figures(rise)) for path, rise in notes),
-        rises={path: rise for paths, rise in zip(groups, rises, strict=True) for path in paths} if rises else {},
+        rises={path: rise for index, rise in rises.items() for path in groups[index]},
     )
 
 
@@ -100,17 +108,25 @@ class _Swap:
             self.model.set_submodule(path, module)
 
 
-def _alone(model: Any, swaps: Sequence[_Swap], calibration: Calibration, num_rows: int) -> list[float]:
-    """The rise of each candidate quantized alone. Leaves none quantized."""
-    few = replace(calibration, held_out=tuple(calibration.held_out or calibration.examples)[:num_rows])
-    for swap in swaps:
-        swap.put(quantized=False)
+def _suspects(model: Any, swaps: Sequence[_Swap], few: Calibration) -> tuple[list[int], list[int]]:
+    """Which candidates are to be quantized alone, and the others, the most sensitive by estimate first. None is quantized now."""
+    if len(swaps) <= NUM_MEASURED:
+        return list(range(len(swaps))), []
+    exchanges = [list(zip(swap.original, swap.quantized, strict=True)) for swap in swaps]
+    estimates = estimated_rises(model, exchanges, replace(few, examples=few.held_out))
+    known = sorted((index for index, one in enumerate(estimates) if one is not None), key=lambda index: -(estimates[index] or 0.0))
+    unknown = [index for index, one in enumerate(estimates) if one is None]
+    return [*unknown, *known[:NUM_MEASURED]], known[NUM_MEASURED:]
+
+
+def _alone(model: Any, swaps: Sequence[_Swap], suspects: Sequence[int], few: Calibration) -> dict[int, float]:
+    """The rise of each of these candidates quantized alone. None is quantized before and after."""
     before = few.mean_loss(model)
-    rises = []
-    for swap in swaps:
-        swap.put(quantized=True)
-        rises.append(_rise(before, few.mean_loss(model)))
-        swap.put(quantized=False)
+    rises = {}
+    for index in suspects:
+        swaps[index].put(quantized=True)
+        rises[index] = _rise(before, few.mean_loss(model))
+        swaps[index].put(quantized=False)
     return rises
 
 
@@ -141,16 +157,18 @@ def _rise(before: float, after: float) -> float:
     return after - before if math.isfinite(after) else math.inf
 
 
-def _note(alone: float, everything: float, limit: float) -> str:
+def _note(alone: float | None, everything: float, limit: float) -> str:
     """Why a layer is kept."""
+    together = "is not finite" if math.isinf(everything) else f"rises by {everything:.4f} nats"
+    if alone is None:
+        return f"with every layer quantized the held-out loss {together}, {limit:g} is allowed, and this is among the most sensitive by estimate"
     if math.isinf(alone):
         return "quantized alone it makes the held-out loss infinite or no number"
     if alone > limit:
         return f"quantized alone it raises the held-out loss by {alone:.4f} nats, more than the {limit:g} allowed"
-    together = "is not finite" if math.isinf(everything) else f"rises by {everything:.4f} nats"
     return f"with every layer quantized the held-out loss {together}, {limit:g} is allowed, and this is one of the most sensitive ({alone:.4f} nats alone)"
 
 
-def _figures(alone: float) -> dict[str, float]:
+def _figures(alone: float | None) -> dict[str, float]:
     """No infinity: it is not JSON."""
-    return {"loss_rise_alone_nats": alone} if math.isfinite(alone) else {}
+    return {"loss_rise_alone_nats": alone} if alone is not None and math.isfinite(alone) else {}

@@ -70,7 +70,7 @@ def quantize_linears(
         "layers_kept": len(left_alone) + len(kept),
         "held_out_loss_rise_nats": sensitivity.loss_after - sensitivity.loss_before,
     }
-    return Applied(figures=figures, layers=(*changed, *sensitivity.kept, *_kept(left_alone)))
+    return Applied(figures=figures, layers=(*changed, *sensitivity.kept, *_kept(left_alone)), held_out_loss=sensitivity.loss_after)
 
 
 def bits_per_weight(module: nn.Module, num_weights: int) -> float:

@@ -12,7 +12,7 @@ which the gradients of the views flow: zero outside the prefixes, and none for l
 know.
 
 The largest sub-network has nothing to cut, and is the plain model. One in place gives bitwise what its extraction gives as long as prefixes of rows end where a
-vector register does: at multiples of 8 in float32 (measured with MKL on AVX-512, as are the 2,800 products of odd sizes of which about 1 in 15 differs). At other
+vector register does: at multiples of 8 in float32 (measured with MKL on AVX-512, as are the 2,800 products of odd sizes, of which 1 in 15 differs). At other
 widths the library adds up in another order where there are gaps between rows, and the two agree to rounding. Axes makes multiples of 8.
 
 What to know: an Engine must be used where it was made, since it holds modules and not weights. Views are of the parameters as they were when it began: move or

@@ -9,12 +9,13 @@ While it builds, `training/` holds the student after the first methods, and the 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LEAST = {
+    "num_calibration_rows": 1,
+    "num_held_out_rows": 1,
+    "max_calibration_tokens": 1,
+    "max_held_out_tokens": 1,
+    "max_input_tokens": 2,
+    "max_target_tokens": 2,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compress(Stage[Checkpoint]):
@@ -56,6 +66,9 @@ class Compress(Stage[Checkpoint]):
     recover: Recover | None = None
     num_calibration_rows: int = 256
     num_held_out_rows: int = 128
+    max_calibration_tokens: int = 32768
+    """Of inputs and targets; fewer rows are taken where theirs are more."""
+    max_held_out_tokens: int = 8192
     max_input_tokens: int = 512
     max_target_tokens: int = 128
     seed: int = 0
@@ -63,7 +76,7 @@ class Compress(Stage[Checkpoint]):
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("Compress.methods is empty; give at least one, such as Int8()")
-        for name, least in (("num_calibration_rows", 1), ("num_held_out_rows", 1), ("max_input_tokens", 2), ("max_target_tokens", 2)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Compress.{name} is {getattr(self, name)}; give {least} or more")
         order = [method.quantizes for method in self.methods]
@@ -120,7 +133,9 @@ class Compress(Stage[Checkpoint]):
         """Each method in turn, what it did, and the held-out loss after it."""
         for method in methods:
             start = time.monotonic()
-            record["steps"].append(_step(model, method.kind, method, method.apply(model, calibration), calibration, start))
+            last = record["steps"][-1]["figures"] if record["steps"] else record["before"]
+            applied = method.apply(model, replace(calibration, known_loss=last["held_out_loss_nats"]))
+            record["steps"].append(_step(model, method.kind, method, applied, calibration, start))
 
     def _recover(
         self,
@@ -164,8 +179,9 @@ class Compress(Stage[Checkpoint]):
         from llmdistill.compress.calibration import Calibration
 
         examples = {}
-        for split, number in (("train", self.num_calibration_rows), ("validation", self.num_held_out_rows)):
-            examples[split] = self._examples(_drawn([row for row in rows if row.split == split], number), tokenizer, model)
+        limits = {"train": (self.num_calibration_rows, self.max_calibration_tokens), "validation": (self.num_held_out_rows, self.max_held_out_tokens)}
+        for split, (num_rows, num_tokens) in limits.items():
+            examples[split] = _within(self._examples(_drawn([row for row in rows if row.split == split], num_rows), tokenizer, model), num_tokens)
         if not examples["train"]:
             raise ValueError(f"none of the {len(rows)} rationales has split 'train', so there is nothing to calibrate on; annotate some train rows")
         return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
@@ -180,7 +196,7 @@ class Compress(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
 
         source = run.artifact(self.checkpoint)
-        record["after"] = _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}
+        record["after"] = {name: record["steps"][-1]["figures"][name] for name in record["before"]}
         if getattr(model.config, "llmdistill", None) is None:
             model.config.llmdistill = task_section(self.task, self.loss, model.config, calibration.examples)
         before, after = record["before"], record["after"]
@@ -197,7 +213,8 @@ def _step(
     model: "PreTrainedModel", technique: str, settings: CompressionMethod | Recover, applied: Applied, calibration: "Calibration", start: float
 ) -> dict[str, Any]:
     """What compression.json says of one step, which began at `start`."""
-    seconds, size, loss = time.monotonic() - start, _size(model), calibration.mean_loss(model)
+    seconds, size = time.monotonic() - start, _size(model)
+    loss = calibration.mean_loss(model) if applied.held_out_loss is None else applied.held_out_loss
     log.info("%s: %.1f s, %s bytes, held-out loss %.4f nats", technique, seconds, f"{size['weight_bytes']:,}", loss)
     return {
         "technique": technique,
@@ -209,6 +226,12 @@ def _step(
 
 def _drawn(rows: Sequence[RationaleRow], number: int) -> list[RationaleRow]:
     return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:number]
+
+
+def _within(examples: "list[Example]", num_tokens: int) -> "list[Example]":
+    """The first of them that have so many tokens together; one at least."""
+    totals = itertools.accumulate(sum(len(pair.input) + len(pair.target) for pair in example) for example in examples)
+    return examples[: max(1, sum(total <= num_tokens for total in totals))]
 
 
 def _size(model: "PreTrainedModel") -> dict[str, int]:

@@ -11,7 +11,8 @@ import torch
 from quantization_models import Drift, calibration, drift, rows, tiny
 from torch import nn
 
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.calibration import Calibration, row_loss
+from llmdistill.compress.estimated_rise import estimated_rises
 from llmdistill.compress.sensitivity import keep_sensitive
 from llmdistill.compress.slots import leaves
 
@@ -79,7 +80,8 @@ def test_keeps_the_one_layer_that_is_sensitive(name: str) -> None:
     assert found.loss_after == rows_.mean_loss(model) <= found.loss_before + 1e-3
 
 
-def test_many_small_rises_that_add_up_are_kept_the_most_sensitive_first_and_no_more_than_needed() -> None:
+def test_many_small_rises_that_add_up_are_kept_the_most_sensitive_first_and_no_more_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmdistill.compress.sensitivity.NUM_MEASURED", 100)
     model, limit = tiny("t5 v1.1"), 2e-3
     rows_, paths = drift(model), paths_of(model)
     found = keep_sensitive(model, paths, rounding(0.1), rows_, limit, num_rows=4)
@@ -99,6 +101,51 @@ def test_paths_that_belong_together_are_kept_together() -> None:
     assert tuple(layer.path for layer in found.kept) == pair
     assert found.is_kept(pair[0])
     assert not found.is_kept("model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize("name", ["t5 v1.0", "llama"])
+def test_of_many_candidates_the_suspects_are_measured_and_the_sensitive_one_is_among_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmdistill.compress.sensitivity.NUM_MEASURED", 2)
+    model = tiny(name)
+    paths = paths_of(model)
+    steps = {paths[1]: 0.5, paths[-2]: 0.4}
+    found = keep_sensitive(model, paths, rounding(steps=steps), drift(model), 1e-4)
+    assert set(found.rises) == set(steps)
+    assert {layer.path for layer in found.kept} == set(steps)
+
+
+def test_more_are_kept_than_are_measured_where_that_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmdistill.compress.sensitivity.NUM_MEASURED", 2)
+    model = tiny("llama")
+    found = keep_sensitive(model, paths_of(model), rounding(0.3), drift(model), 1e-6)
+    assert len(found.rises) == 2 < len(found.kept)
+    assert found.kept[-1].note.endswith("among the most sensitive by estimate")
+    assert found.kept[-1].figures == {}
+
+
+def test_an_estimated_rise_is_half_the_mean_square_of_what_each_token_does_to_the_loss() -> None:
+    model = tiny("llama").double()
+    path = "model.layers.1.mlp.up_proj"
+    linear, rows_ = model.get_submodule(path), drift(model)
+    other = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None).double()
+    expected = 0.0
+    batches = list(rows_.batches(model))
+    for batch in batches:
+        seen: list[torch.Tensor] = []
+
+        def see(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+            output.retain_grad()
+            seen += [inputs[0], output]
+
+        handle = linear.register_forward_hook(see)
+        row_loss(rows_.loss, model, batch).backward()
+        handle.remove()
+        inputs, output = seen
+        assert output.grad is not None
+        effects = ((other(inputs) - output) * output.grad).sum(-1)
+        expected += float(effects.square().sum().detach()) / 2
+    assert estimated_rises(model, [[(linear, other)]], rows_) == [pytest.approx(expected / len(batches), rel=1e-9)]
+    assert not linear._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["t5 v1.0", "t5 v1.1"])
