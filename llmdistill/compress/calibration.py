@@ -6,6 +6,7 @@ is that of one row, as QSVD's importance asks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,12 @@ def rows(examples: Sequence[Example], model: Any) -> Iterator[Batch]:
     for example in examples:
         for pairs in [(pair,) for pair in example] if causal else _by_input(example):
             yield collate([pairs], causal=causal).to(model.device)
+
+
+def within(examples: Sequence[Example], num_tokens: int) -> Sequence[Example]:
+    """The first of them that have so many tokens together, inputs and targets; one at least."""
+    totals = itertools.accumulate(sum(len(pair.input) + len(pair.target) for pair in example) for example in examples)
+    return examples[: max(1, sum(total <= num_tokens for total in totals))]
 
 
 def _by_input(example: Example) -> list[Example]:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CROSS = "cross-attention"
 MAX_GRAM_BYTES = 2**30  # of the Gram matrices of one pass over the rows
-NUM_SAMPLED_ROWS, NUM_SAMPLED_TOKENS = 32, 512
+NUM_SAMPLED_ROWS, NUM_SAMPLED_TOKENS = 8, 512
 """On how many the exponent is chosen and errors are told."""
 
 

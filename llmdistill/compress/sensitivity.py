@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from llmdistill.compress.calibration import within
 from llmdistill.compress.estimated_rise import estimated_rises
 from llmdistill.compress.method import Layer
 
@@ -37,8 +38,9 @@ Candidate: TypeAlias = "str | tuple[str, ...]"
 Replace: TypeAlias = "Callable[[Any, str], nn.Module]"
 """Puts the quantized module in the place of the one at this path of the model, and gives back the one that was there."""
 
-NUM_ROWS = 16
-NUM_MEASURED = 32
+NUM_ROWS, MAX_TOKENS = 16, 2048
+"""Of the rows on which candidates are measured alone."""
+NUM_MEASURED = 16
 """So many candidates are quantized alone, the most sensitive ones by estimate, where there are more."""
 
 
@@ -76,7 +78,7 @@ def keep_sensitive(
     rises: dict[int, float] = {}
     if _rise(before, everything) > max_loss_rise:
         log.info("with all layers quantized the held-out loss goes from %.4f to %.4f nats: looking for the sensitive ones", before, everything)
-        few = replace(calibration, held_out=tuple(calibration.held_out or calibration.examples)[:num_rows])
+        few = replace(calibration, held_out=within((calibration.held_out or calibration.examples)[:num_rows], MAX_TOKENS))
         for swap in swaps:
             swap.put(quantized=False)
         suspects, others = _suspects(model, swaps, few)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.calibration import Calibration, within
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.sensitivity import keep_sensitive
 from llmdistill.compress.slots import HEAD, Slot, leaves
@@ -24,7 +24,7 @@ from llmdistill.compress.statistics import input_statistics
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NUM_STATISTICS_ROWS = 64  # a mean square needs few tokens
+MAX_STATISTICS_TOKENS = 8192  # a mean square needs few
 Make: TypeAlias = "Callable[[nn.Linear, Tensor], nn.Module]"
 """The quantized module in place of a linear whose inputs have these mean squares (I)."""
 
@@ -100,7 +100,7 @@ def _identity(linear: nn.Linear) -> tuple[int, int]:
 @torch.no_grad()
 def mean_grams(model: PreTrainedModel, wanted: Sequence[tuple[str, Slot]], calibration: Calibration) -> dict[str, Tensor]:
     """The mean of x x^T of each linear's input. The second factor of a low-rank linear reads what the first one makes of it."""
-    few = dataclasses.replace(calibration, examples=tuple(calibration.examples)[:NUM_STATISTICS_ROWS])
+    few = dataclasses.replace(calibration, examples=within(calibration.examples, MAX_STATISTICS_TOKENS))
     statistics = input_statistics(model, [slot for _, slot in wanted], few, dtype=torch.float32)
     grams = {}
     for path, slot in wanted:

@@ -9,7 +9,6 @@ While it builds, `training/` holds the student after the first methods, and the 
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import shutil
@@ -176,12 +175,12 @@ class Compress(Stage[Checkpoint]):
 
     def _calibration(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "Calibration":
         """Rows drawn by the hash of their ids: the same ones for every checkpoint that is compressed on this task."""
-        from llmdistill.compress.calibration import Calibration
+        from llmdistill.compress.calibration import Calibration, within
 
         examples = {}
         limits = {"train": (self.num_calibration_rows, self.max_calibration_tokens), "validation": (self.num_held_out_rows, self.max_held_out_tokens)}
         for split, (num_rows, num_tokens) in limits.items():
-            examples[split] = _within(self._examples(_drawn([row for row in rows if row.split == split], num_rows), tokenizer, model), num_tokens)
+            examples[split] = within(self._examples(_drawn([row for row in rows if row.split == split], num_rows), tokenizer, model), num_tokens)
         if not examples["train"]:
             raise ValueError(f"none of the {len(rows)} rationales has split 'train', so there is nothing to calibrate on; annotate some train rows")
         return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
@@ -226,12 +225,6 @@ def _step(
 
 def _drawn(rows: Sequence[RationaleRow], number: int) -> list[RationaleRow]:
     return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:number]
-
-
-def _within(examples: "list[Example]", num_tokens: int) -> "list[Example]":
-    """The first of them that have so many tokens together; one at least."""
-    totals = itertools.accumulate(sum(len(pair.input) + len(pair.target) for pair in example) for example in examples)
-    return examples[: max(1, sum(total <= num_tokens for total in totals))]
 
 
 def _size(model: "PreTrainedModel") -> dict[str, int]:
