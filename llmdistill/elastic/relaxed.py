@@ -1,7 +1,8 @@
 """The whole model with choices that are probabilities: what differentiable searches take gradients of.
 
 DARTS (Liu et al. 2019, section 2.2, equation 2) replaces a choice by the mean of its outcomes under a softmax. Sub-networks here are nested prefixes of one
-model, so that this mean takes one pass and hardly more work than the plain model:
+model, so that this mean takes one pass. Measured on a T5 of 4 and 4 layers and width 128, on a CPU: 1.5 times the plain pass, 2.8 times with gradients; 1.7 and
+4.2 times where the model width is open too.
 
 - neurons and heads: the linear that reads them (ffn_out, o, cross_o) is linear, so the mean of its outputs is its output for an input that is multiplied by
   the probability that each neuron or head stays, sum_i p_i prefix_i.
