@@ -65,6 +65,8 @@ class Batch:
     num_examples: int
     num_real_tokens: int
     idle: bool = False
+    step: int = 0
+    """Of the training; for losses that do another thing at each step, and the same in all its micro-batches and processes."""
 
     @property
     def num_tokens(self) -> int:

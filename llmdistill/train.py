@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -173,7 +173,7 @@ class _Loop:
         pieces = split(examples, self.settings, accelerator.num_processes)[accelerator.process_index]
         multiple_of = 8 if accelerator.device.type == "cuda" else 1  # what its tensor cores like
         batches = (collate(piece or examples[:1], causal=self.causal, idle=not piece, multiple_of=multiple_of) for piece in pieces)
-        return [batch.to(accelerator.device) for batch in batches]
+        return [replace(batch, step=self.position.step).to(accelerator.device) for batch in batches]
 
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
         return torch.stack([self.loss.counts_P(batch) * (not batch.idle) for batch in batches]).sum(0)

@@ -32,6 +32,7 @@ from llmdistill.compress.lsq import convert, install_lsq
 from llmdistill.compress.method import Applied, Layer, Method
 from llmdistill.compress.recovery import Recover
 from llmdistill.core.stage import JsonScalar
+from llmdistill.models.dropout import without_dropout
 from llmdistill.models.int8_embedding import Int8Embedding
 from llmdistill.train import Journal, Lessons, Loss, train
 from llmdistill.train_settings import Best
@@ -87,7 +88,7 @@ def recover(
     aware = aware if settings.quantization_aware else None
     best = settings.settings.best
     process = this_process()
-    with _in_float32(model), _on(model, process.device or torch.device("cpu")), nullcontext() if settings.dropout else _without_dropout(model):
+    with _in_float32(model), _on(model, process.device or torch.device("cpu")), nullcontext() if settings.dropout else without_dropout(model):
         applied = None
         if aware is not None:
             quantized = copy.deepcopy(model)
@@ -161,20 +162,6 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, Int8Embedding) and narrow:
             module.to(narrow[0][1])
-
-
-@contextmanager
-def _without_dropout(model: Any) -> Iterator[None]:
-    """Nothing is dropped by the model's own modules. transformers keeps the rates in modules and configs; T5 has a config for each stack."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
-    places += [(owner, name) for owner in (*model.modules(), *configs.values()) for name in ("dropout", "dropout_rate", "attention_dropout")]
-    rates = [(owner, name, getattr(owner, name)) for owner, name in places if isinstance(getattr(owner, name, None), float)]
-    for owner, name, _ in rates:
-        setattr(owner, name, 0.0)
-    yield
-    for owner, name, rate in rates:
-        setattr(owner, name, rate)
 
 
 @contextmanager

@@ -65,9 +65,9 @@ class Compress(Stage[Checkpoint]):
     recover: Recover | None = None
     num_calibration_rows: int = 256
     num_held_out_rows: int = 128
-    max_calibration_tokens: int = 32768
+    max_calibration_tokens: int = 16384
     """Of inputs and targets; fewer rows are taken where theirs are more."""
-    max_held_out_tokens: int = 8192
+    max_held_out_tokens: int = 4096
     max_input_tokens: int = 512
     max_target_tokens: int = 128
     seed: int = 0

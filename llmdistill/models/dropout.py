@@ -1,0 +1,23 @@
+"""Training without dropout, for students that learn from another one's logits: what they are to say was said without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Nothing is dropped by the model's own modules. transformers keeps the rates in modules and configs; T5 has a config for each stack."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    places = [(module, "p") for module in model.modules() if isinstance(module, nn.Dropout)]
+    places += [(owner, name) for owner in (*model.modules(), *configs.values()) for name in ("dropout", "dropout_rate", "attention_dropout")]
+    rates = [(owner, name, getattr(owner, name)) for owner, name in places if isinstance(getattr(owner, name, None), float)]
+    for owner, name, _ in rates:
+        setattr(owner, name, 0.0)
+    yield
+    for owner, name, rate in rates:
+        setattr(owner, name, rate)

@@ -1,0 +1,160 @@
+"""An elastic student in the one training loop: its gradient is that of whole and extracted sub-networks, however a step is split or a run is broken."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elastic_models import elastic_model, rows
+from safetensors.torch import load_file
+from tiny_training import Journal
+
+from llmdistill.batches import Batch, collate
+from llmdistill.elastic.axes import Axes
+from llmdistill.elastic.extract import extracted
+from llmdistill.elastic.space import Space
+from llmdistill.elastic.strategy import Progressive, Sandwich, watched
+from llmdistill.elastic.subnet import running, with_subnet
+from llmdistill.losses.in_place import InPlaceLoss
+from llmdistill.losses.loss import cross_entropy_P, target_logits_NV
+from llmdistill.losses.multitask import LabelOnly, Multitask
+from llmdistill.train import Lessons, train
+from llmdistill.train_settings import Best, Steps, TrainSettings
+
+AXES = Axes(ffn=(0.5,), heads=(0.5,), depth=(0.34,), width=(0.5,))
+FORMS = pytest.mark.parametrize("name", ["t5 v1.0", "t5 v1.1", "llama grouped", "qwen2"])
+
+
+def loss_of(space: Space, strategy: Sandwich | Progressive = Sandwich(), **settings: Any) -> InPlaceLoss:
+    at = strategy.subnets(space, seed=0, num_steps=6)
+    return InPlaceLoss(
+        multitask=Multitask(rationale_weight=0.5),
+        guises=lambda step: [partial(with_subnet, subnet=subnet) for subnet in at(step)],
+        watched=[partial(with_subnet, subnet=subnet) for subnet in watched(space, seed=0)],
+        num_subnets=strategy.num_subnets,
+        **settings,
+    )
+
+
+def batch_of(model: Any, step: int = 4) -> Batch:
+    batch = collate(rows(5), causal=not model.config.is_encoder_decoder)
+    return Batch(**{**vars(batch), "step": step})
+
+
+@FORMS
+def test_the_sums_are_those_of_the_whole_and_of_extracted_sub_networks(name: str) -> None:
+    model, space = elastic_model(name, AXES, torch.float64)
+    model.train()
+    loss, batch = loss_of(space, temperature=2.0), batch_of(model)
+    with torch.no_grad():
+        sums_P, whole_NV = loss.sums_P(model, batch), target_logits_NV(model, batch)
+        expected = torch.zeros(3, 2, dtype=torch.float64)
+        expected[0] = cross_entropy_P(whole_NV, batch, num_parts=2)
+        q_NV = (whole_NV / 2).softmax(-1)
+        for subnet in Sandwich().subnets(space, seed=0, num_steps=6)(batch.step):
+            logits_NV = target_logits_NV(extracted(model, subnet), batch)
+            expected[1] += cross_entropy_P(logits_NV, batch, num_parts=2)
+            kl_N = 4 * (q_NV * ((whole_NV / 2).log_softmax(-1) - (logits_NV / 2).log_softmax(-1))).sum(-1)
+            expected[2] += torch.stack([kl_N[batch.part_N == part].sum() for part in (0, 1)])
+    torch.testing.assert_close(sums_P, expected.flatten(), rtol=1e-5, atol=1e-6)
+    counts_Q = torch.bincount(batch.part_N)
+    assert loss.counts_P(batch).tolist() == torch.cat([counts_Q, 3 * counts_Q, 3 * counts_Q]).tolist()
+    assert loss.parts == ("label", "rationale", "subnets_label", "subnets_rationale", "kl_label", "kl_rationale")
+    assert loss.weights == (1.0, 0.5, 0.0, 0.0, 3.0, 1.5)
+    assert running(model) is None
+
+
+@FORMS
+def test_a_sub_networks_gradient_touches_only_its_slices(name: str) -> None:
+    model, space = elastic_model(name, AXES)
+    smallest = space.smallest()
+    with with_subnet(model, smallest):
+        target_logits_NV(model, batch_of(model)).square().sum().backward()
+    small = extracted(model, smallest)
+    target_logits_NV(small, batch_of(model)).square().sum().backward()
+    touched = sum(int((parameter.grad != 0).sum()) for parameter in model.parameters() if parameter.grad is not None)
+    theirs = sum(int((parameter.grad != 0).sum()) for parameter in small.parameters() if parameter.grad is not None)
+    assert 0 < touched == theirs <= sum(parameter.numel() for parameter in small.parameters())
+
+
+@FORMS
+def test_the_teacher_gets_no_gradient_from_its_pupils(name: str) -> None:
+    model, space = elastic_model(name, AXES)
+    model.train()
+    loss = loss_of(space, Sandwich(num_random=0))
+    loss.sums_P(model, batch_of(model))[4:].sum().backward()
+    layers = model.decoder.block if model.config.is_encoder_decoder else model.model.layers
+    stays = space.stacks[-1].kept_layers(1)
+    for number, layer in enumerate(layers):
+        reached = any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in layer.parameters())
+        assert reached == (number in stays)
+
+
+def trained(
+    name: str, folder: Path, *, steps: int = 6, strategy: Sandwich | Progressive = Sandwich(), dtype: torch.dtype = torch.float64, **settings: Any
+) -> Any:
+    model, space = elastic_model(name, AXES, dtype)
+    chosen = TrainSettings(duration=Steps(steps), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, **settings)
+    journal = Journal()
+    done = train(model, Lessons(train=rows(20), validation=rows(5, seed=1)), loss_of(space, strategy), chosen, folder, seed=0, journal=journal)
+    return load_file(done.weights), journal
+
+
+@FORMS
+@pytest.mark.parametrize("strategy", [Sandwich(), Progressive()])
+def test_eight_at_once_are_eight_times_one(name: str, strategy: Sandwich | Progressive, tmp_path: Path) -> None:
+    whole, _ = trained(name, tmp_path / "8x1", micro_batch_size=8, strategy=strategy)
+    pieces, _ = trained(name, tmp_path / "1x8", micro_batch_size=1, strategy=strategy)
+    rtol, atol = (1e-6, 1e-8) if "t5" in name else (1e-4, 1e-6)  # Llama's norm is in float32 whatever the model is in
+    torch.testing.assert_close(pieces, whole, rtol=rtol, atol=atol)
+
+
+def test_a_broken_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken, _ = trained("t5 v1.1", tmp_path / "unbroken", dtype=torch.float32)
+
+    class Killed(Exception):
+        pass
+
+    class Deadly(Journal):
+        def log_metrics(self, **values: Any) -> None:
+            super().log_metrics(**values)
+            if values["step"] == 4 and "validation_loss" in values:
+                raise Killed
+
+    for journal in (Deadly(), Journal()):
+        model, space = elastic_model("t5 v1.1", AXES)
+        settings = TrainSettings(duration=Steps(6), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, checkpoint_every_s=1e-9)
+        lessons = Lessons(train=rows(20), validation=rows(5, seed=1))
+        if isinstance(journal, Deadly):
+            with pytest.raises(Killed):
+                train(model, lessons, loss_of(space), settings, tmp_path / "broken", seed=0, journal=journal)
+        else:
+            done = train(model, lessons, loss_of(space), settings, tmp_path / "broken", seed=0, journal=journal)
+            assert journal["step"][0] > 1
+            resumed = load_file(done.weights)
+            assert all(torch.equal(resumed[weight], unbroken[weight]) for weight in unbroken)
+
+
+def test_sub_networks_say_what_the_whole_says_as_they_do_not_when_it_is_trained_alone(tmp_path: Path) -> None:
+    divergence = {}
+    for together in (True, False):
+        model, space = elastic_model("t5 v1.1", AXES)
+        elastic = loss_of(space)
+        settings = TrainSettings(duration=Steps(40), batch_size=8, evaluate_every_steps=40, learning_rate=1e-2, best=Best.LAST)
+        loss = elastic if together else elastic.multitask
+        train(model, Lessons(train=rows(20)), loss, settings, tmp_path / str(together), seed=0, journal=Journal())
+        model.eval()
+        with torch.no_grad():
+            divergence[together] = float(elastic.sums_P(model, batch_of(model))[4:].sum())
+    assert divergence[True] < 0.75 * divergence[False]
+
+
+@pytest.mark.parametrize("wrong", [{"hard_weight": -1.0}, {"hard_weight": 0.0, "kl_weight": 0.0}, {"temperature": 0.0}, {"num_subnets": 0}, {"watched": []}])
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    guise: Any = None
+    settings: dict[str, Any] = {"multitask": LabelOnly(), "guises": lambda step: [guise], "watched": [guise], "num_subnets": 1}
+    with pytest.raises(ValueError, match="; give "):
+        InPlaceLoss(**settings | wrong)
