@@ -21,6 +21,7 @@ usage: llmdistill COMMAND ...
   init NAME         write a pipeline, a prompt and a task card for your own rows (--data rows.jsonl)
   report NAME       print the figures of a pipeline's report, or of a report's folder
   serve FOLDER      serve a checkpoint: OpenAI's API, and /v1/predict for the task
+  extract FOLDER    take a sub-network out of an elastic checkpoint, as a checkpoint of its own (OUT --subnet TEXT)
   import PATH       take over rationales that were made elsewhere
   export NAME       write a pipeline's rationales to a .jsonl or .parquet file, or as a Hugging Face dataset (--to PATH)
 
@@ -31,7 +32,16 @@ usage: llmdistill COMMAND ...
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command."""
     words = list(sys.argv[1:] if words is None else words)
-    commands = {"run": _run, "status": _status, "init": _init, "report": _report, "serve": _serve, "import": _import, "export": _export}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": _run,
+        "status": _status,
+        "init": _init,
+        "report": _report,
+        "serve": _serve,
+        "extract": _extract,
+        "import": _import,
+        "export": _export,
+    }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
     elif words[0] == "--version":
@@ -115,6 +125,34 @@ def _serve(words: list[str]) -> None:
     from llmdistill.serve.app import serve
 
     _call(serve, "serve", words, tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+
+
+def _extract(words: list[str]) -> None:
+    import tyro
+
+    def command(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[str] = "", subnet: str = "") -> None:
+        """Take a sub-network out of an elastic checkpoint, as a checkpoint of its own; without --subnet, list the values of each axis.
+
+        Args:
+            checkpoint: The folder of an elastic checkpoint.
+            out: The folder to write, which must not exist.
+            subnet: AXIS=VALUE with commas between, as in encoder.depth=2,ffn=256; or largest or smallest.
+        """
+        from llmdistill.elastic.described import legal_values, taken_out
+        from llmdistill.elastic.kept import read
+
+        space, active = read(checkpoint)
+        if not subnet:
+            print(legal_values(space, active))
+            return
+        if not out:
+            raise ValueError("name the folder to write: llmdistill extract CHECKPOINT OUT --subnet TEXT")
+        from llmdistill.elastic.extract import extract, is_stock
+
+        chosen = extract(checkpoint, subnet, Path(out))
+        print(f"{taken_out(space, chosen, stock=is_stock(space, chosen))}\n\n{out}")
+
+    _call(command, "extract", words)
 
 
 def _import(words: list[str]) -> None:

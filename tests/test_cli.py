@@ -102,7 +102,7 @@ def test_help_of_a_pipeline_shows_its_options_and_imports_nothing_heavy() -> Non
 
 
 def test_every_command_has_help() -> None:
-    names = ("status", "init", "report", "serve", "import", "export")
+    names = ("status", "init", "report", "serve", "extract", "import", "export")
     text, imported = _imported_by(*([name, "--help"] for name in names))
     assert all(f"usage: llmdistill {name}" in text for name in names)
     assert not imported & {"torch", "transformers", "datasets", "peft", "accelerate"}

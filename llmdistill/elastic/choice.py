@@ -75,18 +75,21 @@ def parse(text: str, space: Space) -> Subnet:
         key, equals, value = part.partition("=")
         stack, dot, axis = key.strip().rpartition(".")
         if equals and key.strip() == "width":
-            width = _numbers(value, part, whole=True)[0]
+            width = _one(_numbers(value, part, whole=True), part)
         elif not equals or axis not in AXES or (dot and stack not in names):
             raise ValueError(
                 f"{part!r} in {text!r} is no choice of this checkpoint: write width=NUMBER, or {', '.join(AXES)} with =NUMBER or =NUMBER+NUMBER+..., "
                 f"for one stack as in {names[-1]}.ffn=64 (stacks: {', '.join(names)}), or largest or smallest"
             )
         else:
+            numbers = _numbers(value, part, whole=axis != "rank")
             for name in [stack] if dot else names:
-                said[name][axis] = _numbers(value, part, whole=axis != "rank")
+                said[name][axis] = [_one(numbers, part)] if axis == "depth" else numbers
     choices = []
     for name, legal in zip(names, space.stacks, strict=True):
-        depth = said[name].get("depth", [legal.depths[-1]])[0]
+        (depth,) = said[name].get("depth", legal.depths[-1:])
+        if depth not in legal.depths:
+            raise ValueError(f"{name}.depth is {depth}: this checkpoint has {', '.join(map(str, legal.depths))}")
         heads, ffn_widths, ranks = (
             _by_layer(said[name].get(axis, [largest]), depth, f"{name}.{axis}")
             for axis, largest in (("heads", legal.heads[-1]), ("ffn", legal.ffn_widths[-1]), ("rank", legal.ranks[-1]))
@@ -106,6 +109,12 @@ def _numbers(text: str, part: str, *, whole: bool) -> list[Any]:
         return [int(number) if whole else float(number) for number in text.split("+")]
     except ValueError:
         raise ValueError(f"{part!r} has no {'whole numbers' if whole else 'numbers'} after the =; write one, or one for each layer with + between") from None
+
+
+def _one(numbers: list[Any], part: str) -> Any:
+    if len(numbers) > 1:
+        raise ValueError(f"{part!r} has {len(numbers)} values, and the whole has one width and each stack one depth: give one")
+    return numbers[0]
 
 
 def _by_layer(values: list[Any], depth: int, key: str) -> tuple[Any, ...]:

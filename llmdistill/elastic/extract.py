@@ -21,7 +21,8 @@ from transformers import T5ForConditionalGeneration
 from llmdistill.elastic.choice import parse, write
 from llmdistill.elastic.cost import num_parameters
 from llmdistill.elastic.cuts import Plan, plan
-from llmdistill.elastic.kept import KEY, space_of
+from llmdistill.elastic.described import NOT_STOCK, STOCK
+from llmdistill.elastic.kept import KEY, read, space_of
 from llmdistill.elastic.space import Space, Subnet, is_even
 from llmdistill.elastic.subnet import whole
 from llmdistill.models import checkpoint
@@ -31,9 +32,9 @@ def extract(folder: Path, subnet: str, out: Path) -> Subnet:
     """Write the sub-network of an elastic checkpoint, written as text (choice.py), as a checkpoint of its own; which one it was."""
     if out.exists():
         raise ValueError(f"{out} exists already: name a folder that does not")
-    model, tokenizer = checkpoint.load(folder)
-    space = space_of(model)
+    space, _ = read(folder)
     chosen = parse(subnet, space)
+    model, tokenizer = checkpoint.load(folder)
     text, figures = write(chosen, space), {"parameters": num_parameters(space, chosen), "parameters_before": num_parameters(space, space.largest())}
     lineage = json.loads((folder / checkpoint.LINEAGE).read_text(encoding="utf-8"))
     entry = {"technique": "extract", "settings": {"subnet": text}, "measured": figures}
@@ -118,10 +119,9 @@ def _configure(small: Any, space: Space, subnet: Subnet) -> None:
 
 
 def _card(text: str, figures: dict[str, int], *, stock: bool) -> str:
-    loads = "Stock transformers loads it." if stock else "It loads where llmdistill is imported: its layers differ in size, or are low-rank."
     return f"""
 
 # Extracted
-The sub-network `{text}` of the above: {figures["parameters"]:,} parameters of {figures["parameters_before"]:,}. {loads}
+The sub-network `{text}` of the above: {figures["parameters"]:,} parameters of {figures["parameters_before"]:,}. {STOCK if stock else NOT_STOCK}
 The figures above are those of the whole.
 """

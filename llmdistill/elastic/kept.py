@@ -5,6 +5,8 @@ A stock model class carries the key along and takes no notice of it: an elastic 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from llmdistill.elastic.choice import Subnet
@@ -26,12 +28,21 @@ def keep(model: Any, space: Space, active: Subnet | None = None) -> None:
 
 def space_of(model: Any) -> Space:
     """The space of an elastic model."""
-    return Space.from_json(_kept(model)["space"])
+    return Space.from_json(_kept(getattr(model.config, KEY, None), "this model")["space"])
 
 
 def active_of(model: Any) -> Subnet:
     """The sub-network that was chosen."""
-    return Subnet.from_json(_kept(model)["active"])
+    return Subnet.from_json(_kept(getattr(model.config, KEY, None), "this model")["active"])
+
+
+def read(folder: Path) -> tuple[Space, Subnet]:
+    """The space of an elastic checkpoint and its chosen sub-network, without loading the model."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: {f'it has no {config.name}' if folder.is_dir() else 'there is no such folder'}")
+    kept = _kept(json.loads(config.read_text(encoding="utf-8")).get(KEY), str(folder))
+    return Space.from_json(kept["space"]), Subnet.from_json(kept["active"])
 
 
 def is_elastic(model: Any) -> bool:
@@ -39,7 +50,7 @@ def is_elastic(model: Any) -> bool:
     return isinstance(getattr(model.config, KEY, None), dict)
 
 
-def _kept(model: Any) -> dict[str, Any]:
-    if not is_elastic(model):
-        raise ValueError("this model is not elastic: its config.json has no `elastic` key; make it so with the elastic stage first")
-    return getattr(model.config, KEY)
+def _kept(value: Any, whose: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{whose} is not elastic: its config.json has no `{KEY}` key; make it so with the elastic stage first")
+    return value
