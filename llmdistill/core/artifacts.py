@@ -97,6 +97,15 @@ class Evaluation(Artifact):
 
 
 @dataclass(frozen=True)
+class FoundSubnets(Artifact):
+    """What a search among the sub-networks of an elastic checkpoint has found."""
+
+    def found(self) -> dict[str, Any]:
+        """The points worth having, predicted and measured, the chosen one, and how good the predictors are (search.json)."""
+        return read_json(self.folder / "search.json")
+
+
+@dataclass(frozen=True)
 class Report(Artifact):
     """The report of a pipeline: report.json for programs, report.html for people."""
 

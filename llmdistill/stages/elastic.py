@@ -53,14 +53,14 @@ class Elastic(Stage[Checkpoint]):
     axes: Axes = Axes()
     strategy: Sandwich | Progressive = Sandwich()
     loss: Multitask | LabelOnly | RationaleOnly = Multitask()
-    hard_weight: float = 0.0
+    hard_weight: float = 0.5
     """What the multitask loss counts for sub-networks."""
     kl_weight: float = 1.0
     """What KL from the whole model's logits counts for them."""
     temperature: float = 1.0
     settings: TrainSettings = TrainSettings(duration=Epochs(8), learning_rate=1e-3, evaluate_every_steps=50)
-    dropout: bool = False
-    """The student's dropout while it is trained."""
+    dropout: bool = True
+    """The student's dropout while it is trained, each net with its own."""
     num_importance_rows: int = 256
     """Importance is measured on so many train rows; with 0 nothing is sorted, and layers leave spread out evenly."""
     max_input_tokens: int = 512
