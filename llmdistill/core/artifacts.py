@@ -106,6 +106,15 @@ class FoundSubnets(Artifact):
 
 
 @dataclass(frozen=True)
+class FoundSubnets(Artifact):
+    """What a search of an elastic student found: the front of its sub-networks, predicted and measured, and the chosen one."""
+
+    def found(self) -> dict[str, Any]:
+        """chosen, points, predictors, methods and limits (search.json)."""
+        return read_json(self.folder / "search.json")
+
+
+@dataclass(frozen=True)
 class Report(Artifact):
     """The report of a pipeline: report.json for programs, report.html for people."""
 
