@@ -1,0 +1,103 @@
+"""How fast sub-networks answer on this machine, on the decode engine that serves.
+
+As in HAT (Wang et al. 2020, section 3.1) the device is asked and not the arithmetic, since the same operations take different times at different shapes. Prompts
+have one length, and all answers have all their tokens (there are no stop tokens): what a sub-network would say does not count, and random ones may never end.
+
+A machine drifts, by its clock, its heat and its other users. So sub-networks are not measured one after the other but in rounds, each in an order of its own,
+and a latency is the median over all rounds: drift meets all alike. Within a visit one call that is not counted goes first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from llmdistill.decode.decoding import Decoding
+from llmdistill.elastic.choice import Subnet
+
+if TYPE_CHECKING:
+    from llmdistill.decode.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySetting:
+    """So many prompts at once, of so many tokens, answered with so many tokens."""
+
+    batch_size: int = 1
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LatencySetting.{name} is {getattr(self, name)}; give 1 or more")
+
+    @property
+    def name(self) -> str:
+        """What the cost is called, such as latency_ms_batch_1."""
+        return f"latency_ms_batch_{self.batch_size}"
+
+
+def measure_latencies(
+    model: Any, subnets: Sequence[Subnet], settings: Sequence[LatencySetting], *, num_rounds: int = 3, num_repeats: int = 3, seed: int = 0
+) -> list[dict[str, float]]:
+    """Milliseconds of one `generate` call by the settings' names, for each sub-network, with as many threads as torch has now.
+
+    The seed orders the rounds and draws the prompts. Each round makes `num_repeats` calls that count, for each sub-network and setting.
+    """
+    if not subnets or not settings or num_rounds < 1 or num_repeats < 1:
+        raise ValueError(
+            f"there are {len(subnets)} sub-networks, {len(settings)} settings, {num_rounds} rounds and {num_repeats} repeats to measure; give 1 or more of each"
+        )
+    names = [setting.name for setting in settings]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two latency settings are both named {max(names, key=names.count)}; give each another batch_size, or measure them apart")
+    from llmdistill.decode.engine import Engine
+    from llmdistill.elastic.rows import evaluating
+    from llmdistill.elastic.subnet import with_subnet
+
+    generator = Random(seed)
+    vocabulary_size = int(model.config.vocab_size)
+    prompts = {
+        setting: [[generator.randrange(vocabulary_size) for _ in range(setting.prompt_tokens)] for _ in range(setting.batch_size)] for setting in settings
+    }
+    milliseconds: dict[tuple[int, str], list[float]] = {(place, name): [] for place in range(len(subnets)) for name in names}
+    places = list(range(len(subnets)))
+    with evaluating(model):
+        for _ in range(num_rounds):
+            generator.shuffle(places)
+            for place in places:
+                with with_subnet(model, subnets[place]):
+                    for setting in settings:
+                        engine = Engine(model, max_batch_rows=setting.batch_size)
+                        milliseconds[place, setting.name] += _visit(engine, setting, prompts[setting], num_repeats)
+    return [{name: median(milliseconds[place, name]) for name in names} for place in range(len(subnets))]
+
+
+def _visit(engine: Engine, setting: LatencySetting, prompts: Sequence[Sequence[int]], num_repeats: int) -> list[float]:
+    if engine.max_positions is not None and setting.prompt_tokens + setting.new_tokens > engine.max_positions:
+        raise ValueError(
+            f"prompts of {setting.prompt_tokens} tokens with {setting.new_tokens} new ones are more than the model's {engine.max_positions} positions: "
+            "give LatencySetting fewer of either"
+        )
+    decoding = Decoding(max_new_tokens=setting.new_tokens, stop_token_ids=())
+    engine.generate(prompts, decoding)
+    times = []
+    for _ in range(num_repeats):
+        _synchronize()
+        begin = time.perf_counter()
+        engine.generate(prompts, decoding)
+        _synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
