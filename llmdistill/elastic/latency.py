@@ -1,7 +1,8 @@
 """How fast sub-networks answer on this machine, on the decode engine that serves.
 
-As in HAT (Wang et al. 2020, section 3.1) the device is asked and not the arithmetic, since the same operations take different times at different shapes. Prompts
-have one length, and all answers have all their tokens (there are no stop tokens): what a sub-network would say does not count, and random ones may never end.
+As in HAT (Wang et al. 2020, section 3.1) the device is asked and not the arithmetic, since the same operations take different times at different shapes.
+Prompts have one length, and all answers have all their tokens (there are no stop tokens): what a sub-network would say does not count, and one that never
+learned to end is as fast as one that did.
 
 A machine drifts, by its clock, its heat and its other users. So sub-networks are not measured one after the other but in rounds, each in an order of its own,
 and a latency is the median over all rounds: drift meets all alike. Within a visit one call that is not counted goes first.
@@ -62,9 +63,7 @@ def measure_latencies(
 
     generator = Random(seed)
     vocabulary_size = int(model.config.vocab_size)
-    prompts = {
-        setting: [[generator.randrange(vocabulary_size) for _ in range(setting.prompt_tokens)] for _ in range(setting.batch_size)] for setting in settings
-    }
+    prompts = {setting: _prompts(setting, vocabulary_size, generator) for setting in settings}
     milliseconds: dict[tuple[int, str], list[float]] = {(place, name): [] for place in range(len(subnets)) for name in names}
     places = list(range(len(subnets)))
     with evaluating(model):
@@ -76,6 +75,10 @@ def measure_latencies(
                         engine = Engine(model, max_batch_rows=setting.batch_size)
                         milliseconds[place, setting.name] += _visit(engine, setting, prompts[setting], num_repeats)
     return [{name: median(milliseconds[place, name]) for name in names} for place in range(len(subnets))]
+
+
+def _prompts(setting: LatencySetting, vocabulary_size: int, generator: Random) -> list[list[int]]:
+    return [[generator.randrange(vocabulary_size) for _ in range(setting.prompt_tokens)] for _ in range(setting.batch_size)]
 
 
 def _visit(engine: Engine, setting: LatencySetting, prompts: Sequence[Sequence[int]], num_repeats: int) -> list[float]:

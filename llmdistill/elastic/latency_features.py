@@ -1,9 +1,9 @@
 """What of a sub-network takes time, as numbers that a latency is a weighted sum of.
 
-As in ProxylessNAS (Cai et al. 2019, section 3.3.1) a network takes the sum of what its parts take. The parts here are those that the space leaves open, added up
-over the layers of a stack, which all have one shape: a layer that stays, its heads, its neurons, its rank, each as a share of the whole, and each also times
+As in ProxylessNAS (Cai et al. 2019, section 3.3.1) a network takes the sum of what its parts take. The parts here are those that the space leaves open, added
+up over the layers of a stack, which all have one shape: a layer that stays, its heads, its neurons, its rank, each as a share of the whole, and each also times
 the share of the model width where that is open, since matrices grow in both; besides them the model width by itself, for embedding and head, and 1 for all
-that is always there. (A weight of a part so is milliseconds for all heads of one layer, say.) What is closed takes no place.
+that is always there. (The weight of a part so is milliseconds for all heads of one layer, say.) What is closed takes no place.
 
 So at a given model width every feature is a sum over layers of what each choice adds: a mean over random choices is exactly what expected_cost.py computes.
 """

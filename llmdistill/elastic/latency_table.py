@@ -88,10 +88,11 @@ def fit_latency_table(
     wrong = [latency for _, latency in measured if not (math.isfinite(latency) and latency > 0)]
     if wrong:
         raise ValueError(f"{wrong[0]} is no latency; give milliseconds above 0")
-    num_parts, num_needed = len(latency_feature_names(space)), math.ceil(len(latency_feature_names(space)) / (1 - held_out_share)) + 1
+    num_parts = len(latency_feature_names(space))
+    num_needed = math.ceil(num_parts / (1 - held_out_share)) + 1
     if len(measured) < num_needed:
         raise ValueError(
-            f"{len(measured)} sub-networks are measured, and the table has {num_parts} parts: measure {num_needed} or more, better three times that"
+            f"{len(measured)} sub-networks are measured, and the table has {num_parts} parts: measure {num_needed} or more, better three times as many"
         )
     fitted, others = ([measured[place] for place in places] for places in held_out(len(measured), share=held_out_share, seed=seed))
     judged = _coefficients(space, fitted)
