@@ -67,14 +67,19 @@ def rescaled(sum_MO: Tensor, scale_M1: Tensor, scale_O: Tensor) -> Tensor:
 
 def integer_product(quantized_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """The exact product in int32."""
-    if quantized_MI.shape[1] == 1:  # where torch's kernel takes the transposed column for something else, and is wrong (2.13)
-        return quantized_MI.int() * weight_OI.int().t()
+    if quantized_MI.shape[1] == 1:
+        return _outer(quantized_MI, weight_OI)
     if quantized_MI.device.type == "cpu":
         return torch.ops.aten._int_mm(quantized_MI, weight_OI.t())
     (num_rows, num_inputs), num_outputs = quantized_MI.shape, len(weight_OI)
     filled_MI = F.pad(quantized_MI, (0, -num_inputs % CUDA_MULTIPLE, 0, max(0, CUDA_LEAST_ROWS - num_rows)))
     filled_OI = F.pad(weight_OI, (0, -num_inputs % CUDA_MULTIPLE, 0, -num_outputs % CUDA_MULTIPLE))
     return torch.ops.aten._int_mm(filled_MI, filled_OI.t())[:num_rows, :num_outputs]
+
+
+def _outer(quantized_M1: Tensor, weight_O1: Tensor) -> Tensor:
+    """The product for one input, where torch's kernel takes the transposed column for something else, and is wrong (2.13)."""
+    return quantized_M1.int() * weight_O1.int().t()
 
 
 def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +154,7 @@ class PackedWeight:
         """The exact product of the integers in int32."""
         if rows.codes_MI.dtype == torch.int8:
             return integer_product(rows.codes_MI, self.weight_OI)
-        sum_MO = torch.ops.aten._int_mm(rows.codes_MI, self._weight_IO)
+        sum_MO = torch.ops.aten._int_mm(rows.codes_MI, self._weight_IO) if rows.codes_MI.shape[1] > 1 else _outer(rows.codes_MI, self.weight_OI)
         if not rows.offset:
             return sum_MO
         if self._offset_sum_O is None:

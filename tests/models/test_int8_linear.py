@@ -128,7 +128,7 @@ def format_of_codes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("nonnegative", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 33])
-@pytest.mark.parametrize("num_inputs, num_outputs", [(1, 1), (3, 17), (300, 40), (64, int8_product.MANY_OUTPUTS + 1)])
+@pytest.mark.parametrize("num_inputs, num_outputs", [(1, 1), (1, 17), (3, 17), (300, 40), (64, int8_product.MANY_OUTPUTS + 1)])
 def test_a_packed_weight_multiplies_the_integers_exactly(format_of_codes: str, num_inputs: int, num_outputs: int, num_rows: int, nonnegative: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randint(-127, 128, (num_outputs, num_inputs), generator=generator).to(torch.int8)
