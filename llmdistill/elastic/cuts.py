@@ -107,7 +107,8 @@ def _layer(made: Plan, layer: Layer, shape: StackShape, sizes: dict[str, int], r
 
 
 def _linear(made: Plan, module: Any, inputs: int, outputs: int, rank: int) -> None:
-    if isinstance(module, LowRankLinear):
+    _check_kind(module, LowRankLinear if rank else nn.Linear)
+    if rank:
         _linear(made, module.down, inputs, rank, 0)
         _linear(made, module.up, rank, outputs, 0)
         _change(made, module, "rank", rank)
@@ -124,8 +125,19 @@ def _norm(made: Plan, norm: nn.Module, width: int) -> None:
 
 
 def _cut_table(made: Plan, table: nn.Embedding, width: int) -> None:
+    _check_kind(table, nn.Embedding)
     _cut(made, table, "weight", table.num_embeddings, width)
     _change(made, table, "embedding_dim", width)
+
+
+def _check_kind(module: Any, expected: type) -> None:
+    """What took a module's place after the space was made would be cut wrongly, and in silence."""
+    if type(module) is not expected:
+        found, planned = (getattr(kind, "kind", kind.__name__) for kind in (type(module), expected))
+        raise ValueError(
+            f"where the space of this elastic model has a module of kind {planned} there is one of kind {found}: the model was changed after it was made "
+            "elastic, so its sub-networks are no more. Extract one first and change that, or change the model first and make it elastic then"
+        )
 
 
 def _cut(made: Plan, module: nn.Module, name: str, rows: int, columns: int | None = None) -> None:

@@ -18,8 +18,8 @@ def legal_values(space: Space, active: Subnet) -> str:
         axes |= {f"{shape.name}.{axis}": values for axis, values in of_stack.items()}
     longest = max(map(len, axes))
     table = "\n".join(f"  {axis:{longest}}  {', '.join(map(str, values))}" for axis, values in axes.items())
-    number = space.num_subnets
-    return f"""{f"{number:,}" if number < 10**12 else f"{number:.1e}"} sub-networks{", the layers of each alike" if space.even else ""}; the values of each axis:
+    number = f"{space.num_subnets:,}" if space.num_subnets < 10**12 else f"{space.num_subnets:.1e}"
+    return f"""{number} sub-networks{", the layers of each alike" if space.even else ""}; the values of each axis:
 
 {table}
 

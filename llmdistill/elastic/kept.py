@@ -1,5 +1,7 @@
 """What an elastic checkpoint says of itself: the space, and which sub-network is the chosen one, under `elastic` in config.json.
 
+Beside them stands the structure that the model had (models/structure.py): a model in which modules were replaced since then is not saved with this space.
+
 A stock model class carries the key along and takes no notice of it: an elastic checkpoint loads as the whole model, which is its largest sub-network.
 """
 
@@ -18,12 +20,13 @@ KEY = "elastic"
 def keep(model: Any, space: Space, active: Subnet | None = None) -> None:
     """Write them into the model's config, from where models.checkpoint saves them. The chosen one is the largest where none is given."""
     from llmdistill.elastic.measure import shape_of
+    from llmdistill.models.structure import structure_of
 
     chosen = active or space.largest()
     space.check(chosen)
     if shape_of(model) != space.shape:
         raise ValueError("the space was made for a model of other sizes or ranks: make it anew with Axes.space(shape_of(model))")
-    setattr(model.config, KEY, {"space": space.to_json(), "active": chosen.to_json()})
+    setattr(model.config, KEY, {"space": space.to_json(), "active": chosen.to_json(), "structure": structure_of(model)})
 
 
 def space_of(model: Any) -> Space:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from llmdistill.elastic.shape import ModelShape, StackShape
-from llmdistill.models.anatomy import Place, Stack, stacks
+from llmdistill.models.anatomy import Place, Stack, embeddings, stacks
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.resized import ffn_width, num_heads
 from llmdistill.models.t5 import head_is_tied
@@ -18,6 +18,12 @@ def shape_of(model: Any) -> ModelShape:
     head = model.lm_head
     if type(head) not in (nn.Linear, LowRankLinear):
         raise ValueError(f"the output head is a {_kind(head)} module, and elastic students have plain or low-rank linears: quantize after extraction")
+    embedding = embeddings(model)[0]
+    if type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"the embedding is a {_kind(embedding)} module, and elastic students have a plain one: factorise attention and feed-forward alone (SVD.scope), "
+            "and quantize after extraction"
+        )
     family = {"t5": "t5", "llama": "llama", "qwen2": "qwen2"}[model.config.model_type.removeprefix("llmdistill_")]
     return ModelShape(
         architecture=family,
@@ -41,7 +47,8 @@ def _stack_shape(stack: Stack) -> StackShape:
     for name, source in shared:
         if name.split(".")[0] != source.split(".")[0]:
             raise ValueError(
-                f"the low-rank linears {name} and {source} of the {stack.name} share a factor: only those of one layer may, since layers are cut apart"
+                f"the low-rank linears {name} and {source} of the {stack.name} share a factor: only those of one layer may, since layers are cut apart. "
+                "Where that is QSVD's cross-attention, use QSVD(cross=SEPARATE)"
             )
     return StackShape(
         name=stack.name,

@@ -5,6 +5,7 @@ The roles of a layer's linears are those of models/anatomy.py: q, k, v, o, the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,16 +50,20 @@ class StackShape:
         return width, (queries if role in ("q", "cross_q") else queries // self.group)
 
     def cut_ranks(self, layer: int, fraction: float, *, width: int, heads: int, ffn_width: int) -> dict[str, int]:
-        """How many singular values of each low-rank linear of a layer stay, by role: the same number for those that share a factor, and at least one."""
+        """How many singular values of each low-rank linear of a layer stay, by role: at least one, and no more than a matrix of its size has.
+
+        Those that share a factor are one matrix, with the outputs of all: it may have more than a grouped-query key alone has outputs.
+        """
         ranks, shared = dict(self.ranks), dict(self.shared)
-        cut: dict[str, int] = {}
-        for role in self.roles:
-            name = f"{layer}.{role}"
-            if name in ranks:
-                source = shared.get(name, name)
-                most = min(self.sizes(role, width=width, heads=heads, ffn_width=ffn_width))
-                cut[source] = min(cut.get(source, most), most, max(1, round(ranks[name] * fraction)))
-        return {role: cut[shared.get(f"{layer}.{role}", f"{layer}.{role}")] for role in self.roles if f"{layer}.{role}" in ranks}
+        source_of = {role: shared.get(f"{layer}.{role}", f"{layer}.{role}") for role in self.roles if f"{layer}.{role}" in ranks}
+        sizes = {role: self.sizes(role, width=width, heads=heads, ffn_width=ffn_width) for role in source_of}
+        outputs = Counter[str]()
+        for role, source in source_of.items():
+            outputs[source] += sizes[role][1]
+        return {
+            role: min(sizes[role][0], outputs[source], max(1, round(ranks[source] * fraction)))  # what shares a factor has the same inputs
+            for role, source in source_of.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

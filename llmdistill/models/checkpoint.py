@@ -47,6 +47,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write the checkpoint. `lineage` is that of the checkpoint it came from and one entry more; `card` is the text of README.md."""
     state, built_again = _state(model), _built_again(model)
     _check_loads_again(built_again, state)
+    _check_elastic(model)
     built_again.config.tie_word_embeddings = saved_tie(model)  # T5's config has set it to True meanwhile
     folder.mkdir(parents=True, exist_ok=True)
     built_again.config.save_pretrained(folder)
@@ -162,3 +163,13 @@ def _check_loads_again(model: PreTrainedModel, state: Mapping[str, Tensor]) -> N
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json would give it {tuple(expected[name].shape)}: bring the config in line")
         if tensor.dtype != expected[name].dtype and model.config.dtype != torch.float16:  # in float16 transformers keeps some weights in float32
             raise ValueError(f"{name} is {tensor.dtype}, and loading would make it {expected[name].dtype}: cast the whole model to one dtype first")
+
+
+def _check_elastic(model: PreTrainedModel) -> None:
+    """Raise where modules were replaced after the model was made elastic: the config would speak of sub-networks that it has no more (elastic/kept.py)."""
+    elastic = getattr(model.config, "elastic", None)
+    if isinstance(elastic, dict) and elastic.get("structure", {}) != structure_of(model):
+        raise ValueError(
+            "the model is elastic, and modules were replaced after it was made so: its sub-networks are no more. Extract one first (`llmdistill extract`) and "
+            "change that, or change the model first and make it elastic then"
+        )

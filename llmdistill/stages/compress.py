@@ -2,6 +2,9 @@
 
     Compress(checkpoint=student, task=task, rationales=rationales, methods=(QSVD(keep=0.5), Int8()), recover=Recover())
 
+An elastic student is refused: what a method does to the whole is not what its sub-networks were trained for, and would have to be found for each by itself. One
+of them is extracted first, and that is compressed; or a low-rank student is made elastic, its ranks too.
+
 Methods that leave numbers to train (low rank) come first, then the recovery, then those that leave integers. What each did to each layer is kept in
 compression.json beside the model, for the report. Statistics are taken over train rows, settings are chosen on validation rows, test rows are never looked at.
 
@@ -28,6 +31,7 @@ from llmdistill.core.spec import write
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
 from llmdistill.stages.distil_card import task_section
+from llmdistill.stages.elastic import Elastic
 from llmdistill.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -84,6 +88,8 @@ class Compress(Stage[Checkpoint]):
             raise ValueError(
                 f"{late.kind} comes after {self.methods[order.index(True)].kind}, which leaves integers that it cannot change; put {late.kind} first"
             )
+        if isinstance(self.checkpoint, Elastic):
+            raise ValueError(_elastic(self.checkpoint.name))
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.models import checkpoint
@@ -115,12 +121,15 @@ class Compress(Stage[Checkpoint]):
         """Write the student as it is after the methods that come before the recovery, once."""
         if folder.exists():
             return
+        from llmdistill.elastic.kept import is_elastic
         from llmdistill.models import checkpoint
 
         writing = folder.with_name("initial.writing")
         shutil.rmtree(writing, ignore_errors=True)
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
+        if is_elastic(model):
+            raise ValueError(_elastic(self.checkpoint.name))
         calibration = self._calibration(rows, tokenizer, model)
         record: dict[str, Any] = {"before": _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}, "steps": []}
         self._apply(model, [method for method in self.methods if not method.quantizes], calibration, record)
@@ -206,6 +215,13 @@ class Compress(Stage[Checkpoint]):
         checkpoint.save(model.eval(), tokenizer, run.folder, lineage=[*source.lineage(), entry], card=card)
         (run.folder / COMPRESSION).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return figures
+
+
+def _elastic(name: str) -> str:
+    return (
+        f"the student of {name!r} is elastic, and compressing the whole would leave sub-networks that nothing was trained for: extract one "
+        "(the Extract stage, or `llmdistill extract FOLDER OUT --subnet TEXT`) and compress that, or compress before the elastic stage"
+    )
 
 
 def _step(
