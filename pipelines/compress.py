@@ -9,50 +9,30 @@ re-distillation recovers what low rank has cost, towards the uncompressed studen
 known ones with their rationales (`given`) or a file of a teacher's (`file:rationales.jsonl`). The report shows the student before, without and with recovery.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from llmdistill.compress.int8 import Int8
 from llmdistill.compress.methods import CompressionMethod
 from llmdistill.compress.recovery import Recover
 from llmdistill.compress.svd import SVD
-from llmdistill.core.artifacts import Checkpoint, Rationales, Report
+from llmdistill.core.artifacts import Checkpoint, Report
 from llmdistill.core.pipeline import main
 from llmdistill.core.stage import Stage
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.student import Pretrained
 from llmdistill.stages.compress import Compress
 from llmdistill.stages.evaluate import Evaluate
-from llmdistill.stages.given_rationales import GivenRationales
-from llmdistill.stages.import_rationales import RationaleFile
-from llmdistill.stages.own_answers import OwnAnswers
 from llmdistill.stages.report import ReportStage
+from llmdistill.stages.rows_to_learn import Own, RowsToLearn, rows_to_learn
 from llmdistill.stages.take import Take
 from llmdistill.tasks.options import TaskOption, Tickets
-from llmdistill.teach.verify import Verification
 from llmdistill.train_settings import Epochs, Steps, TrainSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Own:
-    """The uncompressed student's own answers."""
-
-    kind: ClassVar[str] = "own"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """The known answers of the rows, and the rationales in one of their columns."""
-
-    kind: ClassVar[str] = "given"
-    column: str = "rationale"
 
 
 def pipeline(
     checkpoint: str,
     task: TaskOption = Tickets(),
-    rationales: Own | Given | RationaleFile = Own(),
+    rationales: RowsToLearn = Own(),
     methods: tuple[CompressionMethod, ...] = (SVD(keep=0.6), Int8()),
     recover: bool = True,
     loss: Multitask | LabelOnly | RationaleOnly = Multitask(),
@@ -87,12 +67,7 @@ def pipeline(
     """
     rows = task.task()
     student = Take(name="student", source=Pretrained(source=checkpoint))
-    if isinstance(rationales, Own):
-        answers: Stage[Rationales] = OwnAnswers(checkpoint=student, task=rows)
-    elif isinstance(rationales, Given):
-        answers = GivenRationales(task=rows, column=rationales.column)
-    else:
-        answers = rationales.stage(rows, Verification())
+    answers = rows_to_learn(rationales, rows, student)
     settings = TrainSettings(duration=duration, learning_rate=learning_rate, batch_size=batch_size)
     students: list[Stage[Checkpoint]] = [student]
     for name, recovery in {"compressed": None, "recovered": Recover(settings=settings, kl_weight=kl_weight, temperature=temperature)}.items():

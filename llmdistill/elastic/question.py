@@ -44,6 +44,15 @@ class Limit:
         if not (math.isfinite(self.most) and self.most > 0):
             raise ValueError(f"the limit of {self.cost} is {self.most}; give a number above 0")
 
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """From a text such as latency_ms_batch_1<=20."""
+        cost, _, most = (part.strip() for part in text.partition("<="))
+        try:
+            return cls(cost=cost, most=float(most))
+        except ValueError:
+            raise ValueError(f"{text!r} is no limit; write COST<=NUMBER with a number above 0, such as latency_ms_batch_1<=20 or weight_bytes<=1e7") from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:

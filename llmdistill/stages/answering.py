@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdistill.decode.decoding import Decoding, Generated
 from llmdistill.losses.prompts import EXPLAIN, PREDICT, Prompts, prefixed
+from llmdistill.tasks.answers.answer import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,12 @@ class Answering:
     def decoded(self, row: Generated) -> str:
         """An answer as text."""
         return self.tokenizer.decode(list(row.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def accuracy(self, answer: Answer, texts: Sequence[str], labels: Sequence[str]) -> float:
+        """The share of these texts whose label it gives, as the task's kind of answer is read and compared."""
+        longest = max(len(tokens) for tokens in self.tokenizer(list(labels), add_special_tokens=False)["input_ids"])
+        parsed = [answer.parse(text) for text in self.answers(PREDICT, texts, max_new_tokens=longest + 1)]
+        return sum(one is not None and answer.same(one, label) for one, label in zip(parsed, labels, strict=True)) / len(texts)
 
     def generated(self, task: str, texts: Sequence[str], *, max_new_tokens: int) -> list[Generated]:
         """The likeliest answer to each text, in tokens."""

@@ -21,7 +21,7 @@ from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.losses.multitask import LABEL, LabelOnly, Lesson, Multitask, RationaleOnly
 from llmdistill.models.student import ScratchT5, Student
-from llmdistill.stages.answering import PREDICT, Answering
+from llmdistill.stages.answering import Answering
 from llmdistill.stages.distil_card import Learned, model_card, task_section
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, TrainSettings
@@ -152,14 +152,11 @@ class Distil(Stage[Checkpoint]):
         """Accuracy on the validation rows, against labels of the kind that is learned, decoded by the engine that serves."""
         if not lessons or LABEL not in self.loss.parts:
             return None
-        longest = max(len(tokens) for tokens in tokenizer([lesson.label for lesson in lessons], add_special_tokens=False)["input_ids"])
+        texts, labels = [lesson.input for lesson in lessons], [lesson.label for lesson in lessons]
 
         def score(model: Any) -> dict[str, float]:
             student = Answering(model=model, tokenizer=tokenizer, prompts=self.loss.prompts(model.config), max_batch_rows=64)
-            answers = student.answers(PREDICT, [lesson.input for lesson in lessons], max_new_tokens=longest + 1)
-            parsed = [self.task.answer.parse(answer) for answer in answers]
-            num_right = sum(label is not None and self.task.answer.same(label, lesson.label) for label, lesson in zip(parsed, lessons, strict=True))
-            return {"validation_accuracy": num_right / len(lessons)}
+            return {"validation_accuracy": student.accuracy(self.task.answer, texts, labels)}
 
         return score
 
