@@ -90,6 +90,7 @@ def pipeline(
         seed=seed,
     )
     search = SearchSubnets(
+        name="search",
         checkpoint=elastic,
         task=rows,
         rationales=answers,

@@ -8,6 +8,9 @@ from scratch, with a tokenizer trained on the messages. It is trained twice, wit
 The student with labels alone is then compressed: every linear, the embedding and the head get a lower rank, a short re-distillation recovers what that cost,
 and what is left becomes int8. It is decoded as int8 and takes a fifth of the bytes.
 
+It is also made elastic: trained on, so that its first neurons, heads, channels and layers are students too. Some of these are timed and judged on this machine,
+and the cheapest that is about as good as the best becomes a checkpoint of its own.
+
 The messages come with their true intents, and those of the train rows are used for one thing: what the teacher got wrong is refused and not taught
 (`--no-check-gold` teaches it all, as one must where nothing is known). The teacher is wrong on three train rows of ten, and a student that knows no language
 to begin with cannot tell those from the others.
@@ -16,6 +19,7 @@ to begin with cannot tell those from the others.
     llmdistill serve runs/quickstart/latest/compressed
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from llmdistill.compress.int8 import Int8
@@ -24,14 +28,19 @@ from llmdistill.compress.svd import SVD, Scope
 from llmdistill.core.artifacts import Checkpoint, Report
 from llmdistill.core.pipeline import main
 from llmdistill.core.stage import Stage
+from llmdistill.elastic.axes import Axes
+from llmdistill.elastic.latency import LatencySetting
 from llmdistill.losses.multitask import LabelOnly, Multitask
 from llmdistill.models.student import ScratchT5, Student
 from llmdistill.stages.annotate import Annotate
 from llmdistill.stages.compress import Compress
 from llmdistill.stages.distil import Distil
+from llmdistill.stages.elastic import Elastic
 from llmdistill.stages.evaluate import Evaluate
 from llmdistill.stages.evaluate_baseline import EvaluateBaseline
+from llmdistill.stages.extract import Extract
 from llmdistill.stages.report import ReportStage
+from llmdistill.stages.search import SearchSubnets
 from llmdistill.tasks.tickets import RECORDING, tickets
 from llmdistill.teach.options import TeacherOption
 from llmdistill.teach.prompt import Prompt
@@ -53,9 +62,10 @@ def pipeline(
     batch_size: int = 32,
     keep: float = 0.8,
     recovery_epochs: float = 2,
+    elastic_epochs: float = 12,
     seed: int = 0,
 ) -> Stage[Report]:
-    """Tickets, from a teacher's rationales to two students, a compressed one and a report.
+    """Tickets, from a teacher's rationales to two students, a compressed one, an elastic one and a report.
 
     Args:
         teacher: Who labels and explains the messages; by default a recording of Qwen2.5-Coder-1.5B-Instruct.
@@ -67,6 +77,7 @@ def pipeline(
         batch_size: Examples of one step.
         keep: Share of the parameters that low rank leaves of the compressed student, before int8.
         recovery_epochs: Passes over the train rows after the ranks are lowered.
+        elastic_epochs: Passes over the train rows that make the student elastic.
         seed: Of the student's initial weights, of dropout and of the order of the rows.
     """
     task = tickets()
@@ -92,9 +103,31 @@ def pipeline(
         recover=Recover(settings=TrainSettings(batch_size=batch_size, duration=Epochs(recovery_epochs), learning_rate=2e-4, evaluate_every_steps=25)),
         seed=seed,
     )
-    evaluations = tuple(Evaluate(name=f"evaluate_{one.name}", checkpoint=one, task=task, rationales=rationales) for one in (*students, compressed))
+    elastic = Elastic(
+        name="elastic",
+        checkpoint=students[0],
+        task=task,
+        rationales=rationales,
+        axes=Axes(ffn=(0.25, 0.5, 0.75), heads=(0.5, 0.75), depth=(0.5,), width=(0.5, 0.75), even=True),
+        loss=LabelOnly(),
+        settings=replace(settings, duration=Epochs(elastic_epochs), best=Best.LOSS),
+        seed=seed,
+    )
+    search = SearchSubnets(
+        name="search",
+        checkpoint=elastic,
+        task=task,
+        rationales=rationales,
+        loss=LabelOnly(),
+        latencies=(LatencySetting(prompt_tokens=32, new_tokens=6),),
+        num_samples=48,
+        seed=seed,
+    )
+    chosen = Extract(name="chosen", checkpoint=elastic, subnet=search)
+    checkpoints = (*students, compressed, elastic, chosen)
+    evaluations = tuple(Evaluate(name=f"evaluate_{one.name}", checkpoint=one, task=task, rationales=rationales) for one in checkpoints)
     baseline = EvaluateBaseline(task=task, rationales=rationales)
-    return ReportStage(title="Quickstart: support tickets", evaluations=evaluations, baselines=(baseline,), rationales=rationales)
+    return ReportStage(title="Quickstart: support tickets", evaluations=evaluations, baselines=(baseline,), rationales=rationales, searches=(search,))
 
 
 if __name__ == "__main__":

