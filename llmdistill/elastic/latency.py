@@ -5,9 +5,9 @@ Prompts have one length, and all answers have all their tokens (there are no sto
 learned to end is as fast as one that did.
 
 A machine drifts, by its clock, its heat and its other users. So sub-networks are not measured one after the other but in rounds, each in an order of its own,
-and a latency is the median over all rounds: drift meets all alike. Within a visit one call that is not counted goes first. Rounds are worth more than repeats,
-which meet the same disturbance. On two cores with four other processes at work, 60 sub-networks of a T5 with 4 + 4 layers of width 256 at batch size 1, the error
-of a latency table (latency_table.py) on held-out ones and its Kendall's tau:
+and a latency is the median over all rounds: drift meets all alike. Within a visit one call that is not counted goes first. Rounds should be worth more than
+repeats, which meet the same disturbance. On two cores under a load of 4 to 5, for 60 sub-networks of a T5 with 4 + 4 layers of width 256 at batch size 1, the
+error of a latency table (latency_table.py) on held-out ones, and its Kendall's tau, both in the mean over 6 choices of these:
 
     median of 12 rounds     3.8%   0.89        (by the processor's time, which other processes hardly touch: 2.7%, 0.95)
     median of 3 rounds      9.9%   0.80
