@@ -7,8 +7,9 @@ them by their own rise, and the fewest are kept, the most sensitive first, with 
 above the limit is among them, except where another one makes up for it.
 
 Cost: one measurement where all is well. Else one short measurement a candidate (on `num_rows` rows, the same ones before and after, so that the difference is
-that of the layer and not of the rows) and log2(candidates) full ones, since the number to keep is found by bisection. Of many candidates, those are measured
-alone whose rise is estimated to be largest (estimated_rise.py: one pass for all of them), and the others rank behind them by the estimate.
+that of the layer and not of the rows) and some full ones, since the number to keep is looked for by doubling and then by halving, to a tenth of itself. Of many
+candidates, those are measured alone whose rise is estimated to be largest (estimated_rise.py: one pass for all of them), and the others rank behind them by
+the estimate.
 
 A loss that is not finite counts as an infinite rise.
 """
@@ -38,7 +39,7 @@ Candidate: TypeAlias = "str | tuple[str, ...]"
 Replace: TypeAlias = "Callable[[Any, str], nn.Module]"
 """Puts the quantized module in the place of the one at this path of the model, and gives back the one that was there."""
 
-NUM_ROWS, MAX_TOKENS = 16, 2048
+NUM_ROWS, MAX_TOKENS = 16, 1024
 """Of the rows on which candidates are measured alone."""
 NUM_MEASURED = 16
 """So many candidates are quantized alone, the most sensitive ones by estimate, where there are more."""
@@ -143,8 +144,9 @@ def _fewest(
         return calibration.mean_loss(model)
 
     too_few, enough, loss = 0, len(ranked), before  # with none kept the loss was too high, with all kept it is what it was
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
+    while enough - too_few > max(1, enough // 10):
+        doubled = 2 * too_few or 1  # usually few are enough: so upwards from one, and by halves once it was too many
+        middle = doubled if enough == len(ranked) and doubled < enough else (too_few + enough) // 2
         measured = loss_with(middle)
         if _rise(before, measured) <= max_loss_rise:
             enough, loss = middle, measured
