@@ -15,6 +15,8 @@ from typing import Any
 
 COMPRESSION = "compression.json"
 """Beside a checkpoint that was compressed: what was done to each layer, for the report."""
+SEARCH = "search.json"
+"""In the folder of a search among sub-networks: everything that it found."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,7 @@ class FoundSubnets(Artifact):
 
     def found(self) -> dict[str, Any]:
         """The points worth having, predicted and measured, the chosen one, and how good the predictors are (search.json)."""
-        return read_json(self.folder / "search.json")
-
-
-@dataclass(frozen=True)
-class FoundSubnets(Artifact):
-    """What a search of an elastic student found: the front of its sub-networks, predicted and measured, and the chosen one."""
-
-    def found(self) -> dict[str, Any]:
-        """chosen, points, predictors, methods and limits (search.json)."""
-        return read_json(self.folder / "search.json")
+        return read_json(self.folder / SEARCH)
 
 
 @dataclass(frozen=True)

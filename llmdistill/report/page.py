@@ -4,12 +4,12 @@ Jinja escapes every value; the page's own policy (`default-src 'none'`) makes th
 A later technique adds a section by writing a template in sections/ and a line in SECTIONS; it is shown when the data has what it needs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdistill.report import charts, figures
+from llmdistill.report import charts, figures, search_charts
 from llmdistill.report.compression_charts import Point, layer_map, trade_off
 from llmdistill.report.pipeline_chart import pipeline_chart
 
@@ -31,6 +31,7 @@ class Section:
 SECTIONS = (
     Section(anchor="students", title="Students side by side", is_wanted=lambda report: bool(report["students"])),
     Section(anchor="compression", title="Compression", is_wanted=lambda report: bool(report.get("compression"))),
+    Section(anchor="search", title="Sub-networks", is_wanted=lambda report: bool(report.get("elastic"))),
     Section(
         anchor="errors",
         title="Where the students err",
@@ -59,10 +60,16 @@ def render(report: Data) -> str:
         confusion_map=confusion_map,
         layer_map=layer_map,
         trade_offs=trade_offs,
+        search_charts=search_charts,
     )
     sections = [section for section in SECTIONS if section.is_wanted(report)]
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(report=report, sections=sections, style=style)
+
+
+def searches(found: Iterable[Data]) -> list[dict[str, Any]]:
+    """What report.json says under `elastic`: name and search.json of each search, with no more of the sub-networks asked about than the chart has marks."""
+    return [{**search, "asked": search_charts.thinned(search["asked"])} for search in found]
 
 
 def student_panels(report: Data) -> str:

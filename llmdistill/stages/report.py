@@ -11,6 +11,7 @@ What stands in report.json (units in the names; null where a figure cannot be kn
     refused      by_reason, examples
     training     name, points: what each training logged, by step
     compression  name, before, after, steps: what each compression did to each layer
+    elastic      name, cost, limits, chosen, points, predictors and methods of each search among sub-networks, and some of those that it asked about
     samples      a few rows with what the teacher and each student said
     stages       name, key, seconds, cached, depends_on
 """
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmdistill.core.artifacts import COMPRESSION, Evaluation, Rationales, Report, read_json, read_json_lines
+from llmdistill.core.artifacts import COMPRESSION, SEARCH, Evaluation, FoundSubnets, Rationales, Report, read_json, read_json_lines
 from llmdistill.core.graph import Graph
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage, upstream
@@ -54,6 +55,8 @@ class ReportStage(Stage[Report]):
     baselines: tuple[EvaluateBaseline, ...] = ()
     rationales: Stage[Rationales] | None = None
     """The teacher's labels that the students learned from; None where there was no teacher."""
+    searches: tuple[Stage[FoundSubnets], ...] = ()
+    """Searches among sub-networks to show although no student here comes from them; those that one comes from are shown anyway."""
 
     def __post_init__(self) -> None:
         names = [evaluation.student_name for evaluation in (*self.evaluations, *self.baselines)]
@@ -86,7 +89,8 @@ class ReportStage(Stage[Report]):
             "teacher": teacher,
             "refused": _refused(run.artifact(self.rationales)) if self.rationales else {"by_reason": {}, "examples": {}},
             "training": self._training(run, [stage.checkpoint.name for stage in self.evaluations]),
-            "compression": self._compression(run),
+            "compression": self._left(run, COMPRESSION),
+            "elastic": page.searches(self._left(run, SEARCH)),
             "samples": _samples({student["name"]: student for student in students}),
             "machine": students[0]["machine"],
             "stages": self._stages(run, start),
@@ -119,10 +123,10 @@ class ReportStage(Stage[Report]):
                 histories.append({"name": names[manifest["key"]], "points": [steps[step] for step in sorted(steps)]})
         return sorted(histories, key=lambda history: first.index(history["name"]) if history["name"] in first else len(first))
 
-    def _compression(self, run: Run) -> list[dict[str, Any]]:
-        """What every stage above that compressed a student says of it."""
+    def _left(self, run: Run, file: str) -> list[dict[str, Any]]:
+        """What every stage above that has left this file says in it, with the stage's name: those that compressed a student, or searched in one."""
         names = {stage.key: stage.name for stage in Graph.above(self).stages}
-        paths = {manifest["key"]: _folder(run, manifest["key"]) / COMPRESSION for manifest in run.above()}
+        paths = {manifest["key"]: _folder(run, manifest["key"]) / file for manifest in run.above()}
         return [{"name": names[key], **read_json(path)} for key, path in paths.items() if path.is_file()]
 
     def _stages(self, run: Run, start: float) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The report says what its stages measured, in the keys that programs rely on, and its page is one safe, self-contained file."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales, Report
+from llmdistill.core.artifacts import SEARCH, Checkpoint, FoundSubnets, RationaleRow, Rationales, Report
 from llmdistill.core.run import RUN_BEGAN, Run
 from llmdistill.core.stage import Stage
 from llmdistill.core.store import Store
@@ -143,6 +144,28 @@ class Taught(Stage[Rationales]):
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Searched(Stage[FoundSubnets]):
+    """A search that found one sub-network."""
+
+    artifact = FoundSubnets
+
+    def build(self, run: Run) -> Mapping[str, int]:
+        point = {"subnet": f"ffn=8,{NASTY}", "parameters": 1000, "predicted_accuracy": 0.625, "measured_accuracy": 0.5, "is_largest": True, "is_smallest": True}
+        costs = {"predicted": {"parameters": 1000}, "measured": {"parameters": 1000}}
+        quality = {"kendall_tau": 0.5, "mean_absolute_error": 0.125, "num_held_out": 2}
+        found = {"limits": [], "methods": {"evolution": {"num_asked": 1, "hypervolume": 0.25}}, "num_samples": 10, "accuracy_predictor": quality}
+        found |= {
+            "cost_predictors": {},
+            "cost": "parameters",
+            "asked": [{"accuracy": 0.625, "cost": 1000}],
+            "chosen": point["subnet"],
+            "points": [point | costs],
+        }
+        (run.folder / SEARCH).write_text(json.dumps(found))
+        return {}
+
+
 def pipeline(folder: Path, *, has_gold: bool = True, has_teacher: bool = True) -> ReportStage:
     rows = [{"id": f"row-{number}", "text": f"{NASTY} {number}", "gold": gold_of(number) if has_gold else None, "split": "test"} for number in range(NUM_ROWS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,6 +232,18 @@ def test_students_are_compared_on_the_same_rows(report: Report) -> None:
         assert (pair["p_exact"], pair["num_only_first_correct"], pair["num_rows"]) == (expected.p_exact, expected.num_only_first_correct, NUM_ROWS)
     assert pairs["label_only", "multi_task"]["verdict"] == "multi_task is better"
     assert pairs["multi_task", "teacher"]["verdict"] == "could be chance"
+
+
+def test_searches_are_told_and_shown(report: Report, tmp_path: Path) -> None:
+    assert report.data()["elastic"] == []
+    stage = dataclasses.replace(pipeline(tmp_path), searches=(Searched(name="search"),))
+    again = Store(tmp_path / "store").build(stage)
+    (told,) = again.data()["elastic"]
+    (read,) = (tmp_path / "store").glob("searched-*")
+    assert told == {"name": "search", **FoundSubnets(read).found()}
+    page = again.page.read_text(encoding="utf-8")
+    assert "62.5%" in page
+    assert NASTY not in page
 
 
 def test_a_step_that_was_logged_twice_counts_once(report: Report) -> None:
