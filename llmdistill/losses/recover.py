@@ -31,12 +31,28 @@ KL_OF = "kl_"
 CHUNK_NUMBERS = 2**22  # of logits at a time: 16 MB in float32
 
 
-class RecoveryLoss:
-    """The multitask loss beside KL(teacher || student).
+class FrozenTeacher:
+    """What a model says that is frozen and put to evaluation.
 
-    The teacher is frozen and put to evaluation. It is held here and nowhere else: this is no module, so that the loop (train.Objective) neither trains it, nor
-    saves it, nor shards it, and its dropout stays off. It follows the batches to their device.
+    It is held here and nowhere else: this is no module, so that the loop (train.Objective) neither trains it, nor saves it, nor shards it, and its dropout
+    stays off. It follows the batches to their device.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, student: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
+        """Its logits for each target token."""
+        if student is self.model:
+            raise ValueError("the student is its teacher too, which is frozen; give the loss a model of its own")
+        if next(self.model.parameters()).device != batch.target_N.device:
+            self.model.to(batch.target_N.device)
+        return target_logits_NV(self.model, batch)
+
+
+class RecoveryLoss:
+    """The multitask loss beside KL(teacher || student)."""
 
     def __init__(
         self,
@@ -51,7 +67,7 @@ class RecoveryLoss:
             raise ValueError(f"hard_weight is {hard_weight} and kl_weight {kl_weight}; give 0 or more, and one of them more than 0")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; give more than 0, such as 1 or 2")
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = FrozenTeacher(teacher)
         self.multitask, self.hard_weight, self.kl_weight, self.temperature = multitask, hard_weight, kl_weight, temperature
 
     @property
@@ -71,7 +87,7 @@ class RecoveryLoss:
 
     def sums_P(self, model: nn.Module, batch: Batch) -> Float[Tensor, " P"]:
         """Summed losses of each part. Both models run once."""
-        teacher_NV = self._teacher_logits_NV(model, batch)
+        teacher_NV = self.teacher(model, batch)
         student_NV = target_logits_NV(model, batch)
         if teacher_NV.shape != student_NV.shape:
             raise ValueError(
@@ -83,14 +99,6 @@ class RecoveryLoss:
         kl_N = token_kl_N(student_NV, teacher_NV, self.temperature)
         kl_Q = kl_N @ F.one_hot(batch.part_N, num_parts).to(kl_N.dtype)
         return torch.cat([hard_Q, kl_Q])
-
-    @torch.no_grad()
-    def _teacher_logits_NV(self, model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
-        if model is self.teacher:
-            raise ValueError("the student of a recovery is its teacher too, which is frozen; give the loss a model of its own")
-        if next(self.teacher.parameters()).device != batch.target_N.device:
-            self.teacher.to(batch.target_N.device)
-        return target_logits_NV(self.teacher, batch)
 
 
 def token_kl_N(student_NV: Float[Tensor, "N V"], teacher_NV: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, " N"]:

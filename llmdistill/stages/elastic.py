@@ -9,6 +9,7 @@ it loads as the whole model, and its config.json says which sub-networks there a
 While it builds, `training/` holds the sorted student and the state of the training; metrics.jsonl has the losses of the whole and of sub-networks.
 """
 
+import enum
 import json
 import logging
 import shutil
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Teacher(enum.Enum):
+    """Whose logits are learned beside the rows."""
+
+    STUDENT = "the student's as it was, by the whole and by its sub-networks"
+    IN_PLACE = "the whole's, by its sub-networks; the whole learns the rows alone"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Elastic(Stage[Checkpoint]):
     """A student made elastic. It ends when its sub-networks have not become better for `settings.patience_evaluations`, or with `settings.duration`."""
@@ -53,10 +61,11 @@ class Elastic(Stage[Checkpoint]):
     axes: Axes = Axes()
     strategy: Sandwich | Progressive = Sandwich()
     loss: Multitask | LabelOnly | RationaleOnly = Multitask()
+    teacher: Teacher = Teacher.STUDENT
     hard_weight: float = 0.5
-    """What the multitask loss counts for sub-networks."""
+    """What the multitask loss counts where a teacher's logits are learned beside it."""
     kl_weight: float = 1.0
-    """What KL from the whole model's logits counts for them."""
+    """What KL from the teacher's logits counts."""
     temperature: float = 1.0
     settings: TrainSettings = TrainSettings(duration=Epochs(8), learning_rate=1e-3, evaluate_every_steps=50)
     dropout: bool = True
@@ -91,7 +100,8 @@ class Elastic(Stage[Checkpoint]):
         model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
         lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
         space = space_of(model)
-        loss = self._loss(space, lessons["train"])
+        teacher = checkpoint.load(folder / "initial", dtype=_float32())[0] if self.teacher is Teacher.STUDENT else None
+        loss = self._loss(space, lessons["train"], teacher)
         with nullcontext() if self.dropout else without_dropout(model):
             trained = train(
                 model,
@@ -144,10 +154,11 @@ class Elastic(Stage[Checkpoint]):
             raise ValueError(f"none of the {len(rows)} rationales has split {split!r}, so there is nothing to learn from or to choose by; annotate some")
         return examples
 
-    def _loss(self, space: "Space", examples: "Sequence[Example]") -> "InPlaceLoss":
+    def _loss(self, space: "Space", examples: "Sequence[Example]", teacher: "PreTrainedModel | None") -> "InPlaceLoss":
         from llmdistill.batches import Plan
         from llmdistill.elastic.subnet import with_subnet
         from llmdistill.losses.in_place import InPlaceLoss
+        from llmdistill.losses.recover import FrozenTeacher
 
         num_steps = Plan(examples, self.settings, seed=self.seed).num_steps()
         at = self.strategy.subnets(space, seed=self.seed, num_steps=num_steps)
@@ -156,6 +167,7 @@ class Elastic(Stage[Checkpoint]):
             guises=lambda step: [partial(with_subnet, subnet=subnet) for subnet in at(step)],
             watched=[partial(with_subnet, subnet=subnet) for subnet in watched(space, seed=self.seed)],
             num_subnets=self.strategy.num_subnets,
+            teacher=None if teacher is None else FrozenTeacher(teacher),
             hard_weight=self.hard_weight,
             kl_weight=self.kl_weight,
             temperature=self.temperature,

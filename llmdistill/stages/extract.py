@@ -22,8 +22,7 @@ class Extract(Stage[Checkpoint]):
         from llmdistill.elastic.choice import write
         from llmdistill.elastic.cost import num_parameters
         from llmdistill.elastic.extract import extract
-        from llmdistill.elastic.kept import space_of
-        from llmdistill.models import checkpoint
+        from llmdistill.elastic.kept import read
 
         folder = run.artifact(self.checkpoint).folder
         text = self.subnet if isinstance(self.subnet, str) else str(run.artifact(self.subnet).found()["chosen"])
@@ -32,5 +31,5 @@ class Extract(Stage[Checkpoint]):
         for file in out.iterdir():
             file.replace(run.folder / file.name)
         out.rmdir()
-        space = space_of(checkpoint.load(folder)[0])
+        space, _ = read(folder)
         return {"subnet": write(subnet, space), "parameters": num_parameters(space, subnet), "parameters_before": num_parameters(space, space.largest())}

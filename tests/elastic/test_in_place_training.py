@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llmdistill.elastic.subnet import running, with_subnet
 from llmdistill.losses.in_place import InPlaceLoss
 from llmdistill.losses.loss import cross_entropy_P, target_logits_NV
 from llmdistill.losses.multitask import LabelOnly, Multitask
+from llmdistill.losses.recover import FrozenTeacher
 from llmdistill.train import Lessons, train
 from llmdistill.train_settings import Best, Steps, TrainSettings
 
@@ -45,26 +47,40 @@ def batch_of(model: Any, step: int = 4) -> Batch:
 
 
 @FORMS
-def test_the_sums_are_those_of_the_whole_and_of_extracted_sub_networks(name: str) -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_the_sums_are_those_of_the_whole_and_of_extracted_sub_networks(name: str, is_frozen: bool) -> None:
     model, space = elastic_model(name, AXES, torch.float64)
     model.train()
-    loss, batch = loss_of(space, temperature=2.0), batch_of(model)
+    other = perturbed(model) if is_frozen else None
+    loss, batch = loss_of(space, temperature=2.0, hard_weight=0.25, teacher=FrozenTeacher(other) if is_frozen else None), batch_of(model)
     with torch.no_grad():
         sums_P, whole_NV = loss.sums_P(model, batch), target_logits_NV(model, batch)
-        expected = torch.zeros(3, 2, dtype=torch.float64)
-        expected[0] = cross_entropy_P(whole_NV, batch, num_parts=2)
-        q_NV = (whole_NV / 2).softmax(-1)
-        for subnet in Sandwich().subnets(space, seed=0, num_steps=6)(batch.step):
-            logits_NV = target_logits_NV(extracted(model, subnet), batch)
-            expected[1] += cross_entropy_P(logits_NV, batch, num_parts=2)
-            kl_N = 4 * (q_NV * ((whole_NV / 2).log_softmax(-1) - (logits_NV / 2).log_softmax(-1))).sum(-1)
-            expected[2] += torch.stack([kl_N[batch.part_N == part].sum() for part in (0, 1)])
-    torch.testing.assert_close(sums_P, expected.flatten(), rtol=1e-5, atol=1e-6)
+        q_NV = ((target_logits_NV(other, batch) if is_frozen else whole_NV) / 2).softmax(-1)
+
+        def kl_Q(logits_NV: torch.Tensor) -> torch.Tensor:
+            kl_N = 4 * (q_NV * (q_NV.log() - (logits_NV / 2).log_softmax(-1))).sum(-1)
+            return torch.stack([kl_N[batch.part_N == part].sum() for part in (0, 1)])
+
+        expected = [cross_entropy_P(whole_NV, batch, num_parts=2), *([kl_Q(whole_NV)] if is_frozen else [])]
+        small = [target_logits_NV(extracted(model, subnet), batch) for subnet in Sandwich().subnets(space, seed=0, num_steps=6)(batch.step)]
+        expected.append(torch.stack([cross_entropy_P(logits_NV, batch, num_parts=2) for logits_NV in small]).sum(0))
+        expected.append(torch.stack([kl_Q(logits_NV) for logits_NV in small]).sum(0))
+    torch.testing.assert_close(sums_P, torch.cat(expected), rtol=1e-5, atol=1e-6)
     counts_Q = torch.bincount(batch.part_N)
-    assert loss.counts_P(batch).tolist() == torch.cat([counts_Q, 3 * counts_Q, 3 * counts_Q]).tolist()
-    assert loss.parts == ("label", "rationale", "subnets_label", "subnets_rationale", "kl_label", "kl_rationale")
-    assert loss.weights == (1.0, 0.5, 0.0, 0.0, 3.0, 1.5)
+    assert loss.counts_P(batch).tolist() == torch.cat([*[counts_Q] * (1 + is_frozen), 3 * counts_Q, 3 * counts_Q]).tolist()
+    own = ("label", "rationale", *(("whole_kl_label", "whole_kl_rationale") if is_frozen else ()))
+    assert loss.parts == (*own, "subnets_label", "subnets_rationale", "kl_label", "kl_rationale")
+    assert loss.weights == (*((0.25, 0.125, 1.0, 0.5) if is_frozen else (1.0, 0.5)), 0.75, 0.375, 3.0, 1.5)
     assert running(model) is None
+
+
+def perturbed(model: Any) -> Any:
+    """Another model of the same shape."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    return other
 
 
 @FORMS
