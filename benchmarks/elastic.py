@@ -3,9 +3,10 @@
     llmdistill run quickstart
     python benchmarks/elastic.py
 
-From the quickstart's label-only student, for each seed: it is made elastic (sorted, then trained as a sandwich), and some of its sub-networks are extracted
-(together). The same sub-networks are extracted from the sorted student before elastic training (cut), and each of these is then trained alone on the same rows
-for as many epochs, with the same optimizer (alone). So all of them see as many examples, and the ones trained alone have no other to share weights with.
+From the quickstart's label-only student, for each seed: it is made elastic (sorted, then trained as a sandwich, with the student as it was as the teacher), and
+some of its sub-networks are extracted (together). The same sub-networks are extracted from the sorted student before elastic training (cut), and each of these
+is then trained alone on the same rows for as many epochs, as the quickstart trains its student (alone). So all of them see as many examples, and the ones
+trained alone have no other to share weights with, nor a teacher's logits.
 
 Accuracy is that on the 412 test rows; what is said is each seed's mean over the shapes. Seconds are those of training, by this run or by the one that filled
 the store. Everything is a stage, so that a killed run goes on where it was.

@@ -68,8 +68,8 @@ class Elastic(Stage[Checkpoint]):
     """What KL from the teacher's logits counts."""
     temperature: float = 1.0
     settings: TrainSettings = TrainSettings(duration=Epochs(8), learning_rate=1e-3, evaluate_every_steps=50)
-    dropout: bool = True
-    """The student's dropout while it is trained, each net with its own."""
+    dropout: bool = False
+    """The student's dropout while it is trained. Off: what the teacher's logits say was said without."""
     num_importance_rows: int = 256
     """Importance is measured on so many train rows; with 0 nothing is sorted, and layers leave spread out evenly."""
     max_input_tokens: int = 512
