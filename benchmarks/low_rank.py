@@ -34,13 +34,14 @@ from llmdistill.compress import low_rank_maths as maths
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
-from llmdistill.compress.statistics import evaluating, input_statistics
+from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import SVD, Data, Importance, Scope
 from llmdistill.compress.svd_apply import by_loss as loss_ordered
 from llmdistill.compress.svd_apply import factorise
 from llmdistill.compress.svd_found import Found, found_of
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.losses.multitask import LabelOnly
+from llmdistill.models.modes import evaluating
 from llmdistill.models.source import ModelSource
 from llmdistill.train import Lessons
 

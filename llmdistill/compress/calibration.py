@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmdistill.batches import Batch, Example, collate
+from llmdistill.models.modes import evaluating
 from llmdistill.train import Loss
 
 if TYPE_CHECKING:
@@ -42,14 +43,11 @@ class Calibration:
 
     def mean_loss(self, model: PreTrainedModel) -> float:
         """The loss on the held-out rows, as training counts it: each part's mean over all its tokens, weighted and added up."""
-        was_training = model.training
-        model.eval()
         sums, counts = 0.0, 0
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             for batch in rows(self.held_out or self.examples, model):
                 sums = sums + self.loss.sums_P(model, batch).double()
                 counts = counts + self.loss.counts_P(batch)
-        model.train(was_training)
         total: Any = (torch.as_tensor(self.loss.weights, dtype=torch.float64) * (sums / counts.clamp(min=1)).cpu()).sum()  # pyright: ignore[reportAttributeAccessIssue]
         return float(total)
 

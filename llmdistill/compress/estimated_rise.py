@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compress.calibration import Calibration, row_loss
-from llmdistill.compress.statistics import evaluating
+from llmdistill.models.modes import evaluating
 
 
 def estimated_rises(model: Any, exchanges: Sequence[Sequence[tuple[nn.Module, nn.Module]]], calibration: Calibration) -> list[float | None]:

@@ -22,9 +22,10 @@ from llmdistill.compress.qsvd import QSVD, Cross, Importance, Outputs
 from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Item, allocate, kept_share, linear_costs
 from llmdistill.compress.slots import Role, Slot, plain, slots
-from llmdistill.compress.statistics import InputStatistics, evaluating, input_statistics
+from llmdistill.compress.statistics import InputStatistics, input_statistics
 from llmdistill.compress.svd import Data
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

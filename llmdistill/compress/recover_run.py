@@ -32,8 +32,8 @@ from llmdistill.compress.lsq import convert, install_lsq
 from llmdistill.compress.method import Applied, Layer, Method
 from llmdistill.compress.recovery import Recover
 from llmdistill.core.stage import JsonScalar
-from llmdistill.models.dropout import without_dropout
 from llmdistill.models.int8_embedding import Int8Embedding
+from llmdistill.models.modes import without_dropout
 from llmdistill.train import Journal, Lessons, Loss, train
 from llmdistill.train_settings import Best
 from llmdistill.train_setup import this_process

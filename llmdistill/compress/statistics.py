@@ -5,16 +5,16 @@ Shapes: T tokens of one row, I inputs of a linear.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.slots import Slot
+from llmdistill.models.modes import evaluating
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -77,14 +77,3 @@ def input_statistics(
     if missing:
         raise AssertionError(f"the forward pass never called the readers of {missing[:3]}")
     return statistics
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """In eval mode within, and as before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -18,11 +18,12 @@ from llmdistill.compress.loss_importance import loss_importances
 from llmdistill.compress.low_rank_maths import FLOOR, ShiftedMoments, Spectrum
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.ranks import Allocation, Item, allocate, kept_share
-from llmdistill.compress.statistics import InputStatistics, evaluating, input_statistics
+from llmdistill.compress.statistics import InputStatistics, input_statistics
 from llmdistill.compress.svd import SVD, Data, Importance
 from llmdistill.compress.svd_found import Found, found_of, gram_of, look
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.core.stage import JsonScalar
+from llmdistill.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

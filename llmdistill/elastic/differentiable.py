@@ -165,8 +165,8 @@ class _Run:
         """Of the whole model, on some rows."""
         import torch
 
-        from llmdistill.elastic.rows import evaluating
         from llmdistill.elastic.subnet import whole
+        from llmdistill.models.modes import evaluating
 
         rows = [next(self.order) for _ in range(self.schedule.num_first_rows)]
         self.question.spend(len(rows) / len(self.supernet.examples))

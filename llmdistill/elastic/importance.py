@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from llmdistill.batches import Example
 from llmdistill.elastic.measure import shape_of
-from llmdistill.elastic.rows import evaluating, part_weights_P, rows
+from llmdistill.elastic.rows import part_weights_P, rows
 from llmdistill.elastic.subnet import whole
 from llmdistill.models.anatomy import stacks
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.modes import evaluating
 from llmdistill.train import Loss
 
 if TYPE_CHECKING:

@@ -65,8 +65,8 @@ def measure_latencies(
     if len(set(names)) < len(names):
         raise ValueError(f"two latency settings are both named {max(names, key=names.count)}; give each another batch_size, or measure them apart")
     from llmdistill.decode.engine import Engine
-    from llmdistill.elastic.rows import evaluating
     from llmdistill.elastic.subnet import with_subnet
+    from llmdistill.models.modes import evaluating
 
     generator = Random(seed)
     vocabulary_size = int(model.config.vocab_size)

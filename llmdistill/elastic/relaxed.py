@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.elastic.decisions import Decisions
-from llmdistill.elastic.rows import evaluating
 from llmdistill.elastic.shape import StackShape
 from llmdistill.elastic.subnet import whole
 from llmdistill.models.anatomy import Axis, Layer, stacks
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.modes import evaluating
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -5,13 +5,13 @@ Shapes: P parts of the loss.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmdistill.batches import Batch, Example, collate
+from llmdistill.models.modes import evaluating
 from llmdistill.train import Loss
 
 if TYPE_CHECKING:
@@ -43,14 +43,3 @@ def mean_loss(model: Any, examples: Sequence[Example], loss: Loss) -> float:
     weights_P = part_weights_P(model, examples, loss)
     with evaluating(model):
         return float(sum((weights_P * loss.sums_P(model, batch).double()).sum() for batch in rows(model, examples)))
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """In eval mode within, and as before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -86,7 +86,7 @@ class Elastic(Stage[Checkpoint]):
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.elastic.kept import space_of
         from llmdistill.models import checkpoint
-        from llmdistill.models.dropout import without_dropout
+        from llmdistill.models.modes import without_dropout
         from llmdistill.train import Lessons, train
         from llmdistill.train_setup import this_process
 

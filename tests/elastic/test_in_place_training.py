@@ -51,7 +51,7 @@ def batch_of(model: Any, step: int = 4) -> Batch:
 def test_the_sums_are_those_of_the_whole_and_of_extracted_sub_networks(name: str, is_frozen: bool) -> None:
     model, space = elastic_model(name, AXES, torch.float64)
     model.train()
-    other = perturbed(model) if is_frozen else None
+    other: Any = perturbed(model) if is_frozen else None
     loss, batch = loss_of(space, temperature=2.0, hard_weight=0.25, teacher=FrozenTeacher(other) if is_frozen else None), batch_of(model)
     with torch.no_grad():
         sums_P, whole_NV = loss.sums_P(model, batch), target_logits_NV(model, batch)

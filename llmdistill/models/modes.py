@@ -1,4 +1,4 @@
-"""Training without dropout, for students that learn from another one's logits: what they are to say was said without it."""
+"""A model in another mode for a while: in evaluation, or in training without dropout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from torch import nn
 
 
 @contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """In eval mode within, and as before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
     """Nothing is dropped by the model's own modules. transformers keeps the rates in modules and configs; T5 has a config for each stack."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -18,6 +29,8 @@ def without_dropout(model: Any) -> Iterator[None]:
     rates = [(owner, name, getattr(owner, name)) for owner, name in places if isinstance(getattr(owner, name, None), float)]
     for owner, name, _ in rates:
         setattr(owner, name, 0.0)
-    yield
-    for owner, name, rate in rates:
-        setattr(owner, name, rate)
+    try:
+        yield
+    finally:
+        for owner, name, rate in rates:
+            setattr(owner, name, rate)
