@@ -9,7 +9,7 @@ The student with labels alone is then compressed: every linear, the embedding an
 and what is left becomes int8. It is decoded as int8 and takes a fifth of the bytes.
 
 It is also made elastic: trained on, so that its first neurons, heads, channels and layers are students too. Some of these are timed and judged on this machine,
-and the cheapest that is about as good as the best becomes a checkpoint of its own.
+and the best one of at most 4 MB becomes a checkpoint of its own.
 
 The messages come with their true intents, and those of the train rows are used for one thing: what the teacher got wrong is refused and not taught
 (`--no-check-gold` teaches it all, as one must where nothing is known). The teacher is wrong on three train rows of ten, and a student that knows no language
@@ -30,6 +30,7 @@ from llmdistill.core.pipeline import main
 from llmdistill.core.stage import Stage
 from llmdistill.elastic.axes import Axes
 from llmdistill.elastic.latency import LatencySetting
+from llmdistill.elastic.question import Limit
 from llmdistill.losses.multitask import LabelOnly, Multitask
 from llmdistill.models.student import ScratchT5, Student
 from llmdistill.stages.annotate import Annotate
@@ -63,6 +64,7 @@ def pipeline(
     keep: float = 0.8,
     recovery_epochs: float = 2,
     elastic_epochs: float = 12,
+    elastic_limits: tuple[str, ...] = ("weight_bytes<=4e6",),
     seed: int = 0,
 ) -> Stage[Report]:
     """Tickets, from a teacher's rationales to two students, a compressed one, an elastic one and a report.
@@ -78,6 +80,7 @@ def pipeline(
         keep: Share of the parameters that low rank leaves of the compressed student, before int8.
         recovery_epochs: Passes over the train rows after the ranks are lowered.
         elastic_epochs: Passes over the train rows that make the student elastic.
+        elastic_limits: What the chosen sub-network must keep, such as latency_ms_batch_1<=3 or weight_bytes<=4e6 (in float32).
         seed: Of the student's initial weights, of dropout and of the order of the rows.
     """
     task = tickets()
@@ -121,6 +124,7 @@ def pipeline(
         loss=LabelOnly(),
         latencies=(LatencySetting(prompt_tokens=32, new_tokens=6),),
         num_samples=48,
+        limits=tuple(Limit.parse(limit) for limit in elastic_limits),
         seed=seed,
     )
     chosen = Extract(name="chosen", checkpoint=elastic, subnet=search)
