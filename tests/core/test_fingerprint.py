@@ -116,7 +116,7 @@ def test_a_path_to_nothing_is_refused(tmp_path: Path) -> None:
         fingerprint([tmp_path / "missing"])
 
 
-@pytest.mark.parametrize("value", [lambda: 1, object(), {1, 2}, b"bytes", Settings, 1j], ids=str)
+@pytest.mark.parametrize("value", [lambda: 1, object(), {1, 2}, b"bytes", Settings, 1j], ids=lambda value: type(value).__name__)
 def test_what_has_no_identity_is_refused_by_name(value: Any) -> None:
     @dataclass(frozen=True)
     class Holder:
