@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compress.calibration import Calibration, row_loss
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import evaluating, only_trained
 
 
 def estimated_rises(model: Any, exchanges: Sequence[Sequence[tuple[nn.Module, nn.Module]]], calibration: Calibration) -> list[float | None]:
@@ -45,18 +45,13 @@ def estimated_rises(model: Any, exchanges: Sequence[Sequence[tuple[nn.Module, nn
         for index, exchange in enumerate(exchanges)
         for this, other in {id(this): (this, other) for this, other in exchange}.values()
     ]
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     num_rows = 0
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), only_trained(model), torch.enable_grad():
             for batch in calibration.batches(model):
                 row_loss(calibration.loss, model, batch).backward()
                 num_rows += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, was_wanted in wanted.items():
-            parameter.requires_grad_(was_wanted)
     return [None if total is None else total / num_rows for total in sums]

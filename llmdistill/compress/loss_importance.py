@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llmdistill.compress.calibration import row_loss
 from llmdistill.compress.svd_targets import Target
+from llmdistill.models.modes import only_trained
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,27 +47,23 @@ def loss_importances(
     differentiable: Any = model
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
         differentiable = copy.deepcopy(model).float()
-    wanted = {parameter: parameter.requires_grad for parameter in differentiable.parameters()}
     sums = {target.path: torch.zeros(lefts[target.path].shape[1], dtype=torch.float64, device=model.device) for target in targets}
     hooks = [hook for target in targets for hook in _listen(differentiable, target, lefts[target.path].float(), sums[target.path])]
     num = 0
+    few = replace(calibration, examples=calibration.examples[:num_rows])
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        few = replace(calibration, examples=calibration.examples[:num_rows])
-        for num, batch in enumerate(few.batches(differentiable), start=1):
-            with torch.enable_grad():
-                value = row_loss(calibration.loss, differentiable, batch)
-            if not bool(torch.isfinite(value)):
-                raise ValueError(
-                    f"the loss of calibration row {num - 1} is {float(value.detach())}, so it has no gradient for SVD's importance: look at the model"
-                )
-            value.backward()
+        with only_trained(differentiable):
+            for num, batch in enumerate(few.batches(differentiable), start=1):
+                with torch.enable_grad():
+                    value = row_loss(calibration.loss, differentiable, batch)
+                if not bool(torch.isfinite(value)):
+                    raise ValueError(
+                        f"the loss of calibration row {num - 1} is {float(value.detach())}, so it has no gradient for SVD's importance: look at the model"
+                    )
+                value.backward()
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, was_wanted in wanted.items():
-            parameter.requires_grad_(was_wanted)
     return {path: sum_K / num for path, sum_K in sums.items()}
 
 

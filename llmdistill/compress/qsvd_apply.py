@@ -25,7 +25,7 @@ from llmdistill.compress.slots import Role, Slot, plain, slots
 from llmdistill.compress.statistics import InputStatistics, input_statistics
 from llmdistill.compress.svd import Data
 from llmdistill.models.low_rank_linear import LowRankLinear
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import evaluating, only_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,12 +179,7 @@ def row_gradients(model: PreTrainedModel, groups: Sequence[Group], calibration: 
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
         differentiable = copy.deepcopy(model).float()
     weights = [slot.module(differentiable).weight for group in groups for slot in group.slots]
-    was_wanted = {parameter: parameter.requires_grad for parameter in differentiable.parameters()}
-    try:
-        for parameter in was_wanted:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
+    with only_trained(differentiable, weights):
         for number, batch in enumerate(_some(calibration, num_rows).batches(differentiable)):
             with torch.enable_grad():
                 value = row_loss(calibration.loss, differentiable, batch)
@@ -192,9 +187,6 @@ def row_gradients(model: PreTrainedModel, groups: Sequence[Group], calibration: 
                 raise ValueError(f"the loss of calibration row {number} is {float(value)}, so it has no gradient for QSVD to look at: look at the model")
             gradients = iter(torch.autograd.grad(value, weights))
             yield {group.name: torch.cat([next(gradients) for _ in group.slots]) for group in groups}
-    finally:
-        for parameter, wanted in was_wanted.items():
-            parameter.requires_grad_(wanted)
 
 
 def sampled_inputs(model: PreTrainedModel, readers: Sequence[Slot], calibration: Calibration) -> dict[str, Tensor]:

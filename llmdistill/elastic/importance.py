@@ -12,8 +12,7 @@ Shapes: O outputs, I inputs, N neurons, G groups, M model width.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from llmdistill.elastic.rows import part_weights_P, rows
 from llmdistill.elastic.subnet import whole
 from llmdistill.models.anatomy import stacks
 from llmdistill.models.low_rank_linear import LowRankLinear
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import evaluating, only_trained
 from llmdistill.train import Loss
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def importance(model: Any, examples: Sequence[Example], loss: Loss) -> Importanc
     with whole(model), evaluating(model):
         shape_of(model)  # refuses what elastic students cannot have
         read = _Read(model)
-        with _only_trained(model, read.weights):
+        with only_trained(model, read.weights):
             weights_P = part_weights_P(model, examples, loss)
             for batch in rows(model, examples):
                 with torch.enable_grad():
@@ -103,20 +102,6 @@ class _Read:
                 of_stack.append(LayerImportance(neurons_N=next(sums), groups=groups))
             layers[stack.name] = tuple(of_stack)
         return Importance(layers=layers, channels_M=torch.stack(list(sums)).sum(0))
-
-
-@contextlib.contextmanager
-def _only_trained(model: Any, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """These have gradients within, and no others."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(weight) for weight in weights}
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        yield
-    finally:
-        for parameter, was_trained in before:
-            parameter.requires_grad_(was_trained)
 
 
 def _reading_weight(module: Any) -> Any:

@@ -1,8 +1,8 @@
-"""A model in another mode for a while: in evaluation, or in training without dropout."""
+"""A model in another mode for a while: in evaluation, with gradients for some of its weights alone, or in training without dropout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,20 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def only_trained(model: Any, weights: Collection[nn.Parameter] = ()) -> Iterator[None]:
+    """These have gradients within, and no others."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(weight) for weight in weights}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, was_trained in before:
+            parameter.requires_grad_(was_trained)
 
 
 @contextmanager
