@@ -14,12 +14,12 @@ are of the machine that built it.
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmdistill.core.artifacts import Checkpoint, FoundSubnets, RationaleRow, Rationales, read_json_lines
+from llmdistill.core.artifacts import SEARCH, Checkpoint, FoundSubnets, RationaleRow, Rationales, read_json_lines
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage
 from llmdistill.elastic.choice import Subnet, write
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SearchMethod: TypeAlias = RandomSearch | Evolution | NSGA2 | Differentiable | Controller
-SAMPLES, PREDICTORS, FOUND = "samples.jsonl", "predictors.json", "search.json"
+SAMPLES, PREDICTORS = "samples.jsonl", "predictors.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,9 @@ class SearchSubnets(Stage[FoundSubnets]):
         question = self._question(measured, predictor, tables)
         asked: dict[str, list[Candidate]] = {}
         for method in self.methods:
-            question.asked, question.num_spent = {}, 0.0
-            asked[method.kind] = search(method, question, seed=self.seed)
-        found = self._found(measured, question, predictor, tables, asked, num_samples=len(samples))
-        (run.folder / FOUND).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            asked[method.kind] = search(method, replace(question, asked={}, num_spent=0.0), seed=self.seed)
+        found = self._found(measured, question, predictor, tables, asked, dict(samples))
+        (run.folder / SEARCH).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         fitted = {"accuracy": predictor.to_json()} | {table.setting.name: table.to_json() for table in tables}
         (run.folder / PREDICTORS).write_text(json.dumps(fitted) + "\n", encoding="utf-8")
         [chosen] = [point for point in found["points"] if point["subnet"] == found["chosen"]]
@@ -168,10 +167,9 @@ class SearchSubnets(Stage[FoundSubnets]):
         predictor: "Predictor",
         tables: "Sequence[LatencyTable]",
         asked: Mapping[str, Sequence[Candidate]],
-        *,
-        num_samples: int,
+        known: Mapping[Subnet, float],
     ) -> dict[str, Any]:
-        """What search.json says."""
+        """What search.json says. `known` are the accuracies that were measured already."""
         space = measured.space
         largest, smallest = space.largest(), space.smallest()
         everything = list({one.subnet: one for candidates in asked.values() for one in candidates}.values())
@@ -184,7 +182,7 @@ class SearchSubnets(Stage[FoundSubnets]):
                     "subnet": write(subnet, space),
                     "parameters": num_parameters(space, subnet),
                     "predicted_accuracy": predictor(subnet),
-                    "measured_accuracy": measured.accuracy(subnet),
+                    "measured_accuracy": known[subnet] if subnet in known else measured.accuracy(subnet),
                     "predicted": question.costs(subnet),
                     "measured": measured.sizes(subnet) | latencies,
                     "is_largest": subnet == largest,
@@ -198,7 +196,7 @@ class SearchSubnets(Stage[FoundSubnets]):
             "methods": {
                 name: {"num_asked": len(candidates), "hypervolume": hypervolume(candidates, self.cost, worst_cost=worst)} for name, candidates in asked.items()
             },
-            "num_samples": num_samples,
+            "num_samples": len(known),
             "accuracy_predictor": {name: getattr(predictor.quality, name) for name in ("kendall_tau", "mean_absolute_error", "num_held_out")},
             "cost_predictors": {
                 table.setting.name: {
