@@ -93,7 +93,7 @@ class Bench:
         keep_settings(self.answering.model, replace(self.settings, confidence=confidence, policy=policy))
         return Engine(self.answering.model, max_batch_rows=size)
 
-    def decoding(self, threshold: float, **drafts: int) -> Decoding:
+    def decoding(self, threshold: float, **drafts: Any) -> Decoding:
         return Decoding(max_new_tokens=self.max_new_tokens, exit_threshold=threshold, **drafts)
 
     def curve(self, engine: Engine, thresholds: Sequence[float]) -> Curve:
