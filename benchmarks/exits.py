@@ -4,8 +4,9 @@
     python benchmarks/exits.py
 
 Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and
-on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student, also in its encoder. The 639 validation and test rows, which nothing was trained on,
-are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is measured on the others.
+on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student, also in its encoder. The 639 validation and test rows, which
+nothing was trained on, are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is
+measured on the others.
 
     mean layers, accuracy   on the measured rows, full depth beside each delta
     wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians
