@@ -8,17 +8,19 @@ quantizations of their own, which are an option of the export.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmdistill.models.exit_settings import KEY as EXITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "llmdistill_"
 """Of the model types of our classes (models/structured_config.py)."""
-EXITS = "exits"
 
 
 def check(folder: Path, out: Path, program: str, model_types: Sequence[str], *, leave_exits: bool) -> dict[str, Any]:
@@ -41,12 +43,19 @@ def load_dense(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     from llmdistill.models import checkpoint
+    from llmdistill.models.structured import STOCK_AND_STRUCTURED
     from llmdistill.models.t5 import saved_tie
 
     model, tokenizer = checkpoint.load(folder, dtype=torch.float32)
-    stock = _stock(model)
-    stock.config.tie_word_embeddings = saved_tie(model)  # T5's config has set it to True meanwhile, and others read from it whether outputs are scaled
-    return stock, tokenizer
+    stock_classes = [stock for stock, _ in STOCK_AND_STRUCTURED]
+    if type(model) not in stock_classes:
+        _make_stock(model)
+        with tempfile.TemporaryDirectory() as plain:
+            checkpoint.save(model, tokenizer, Path(plain), lineage=[], card="")
+            model, _ = checkpoint.load(Path(plain))
+    assert type(model) in stock_classes, type(model)
+    model.config.tie_word_embeddings = saved_tie(model)  # T5's config has set it to True meanwhile, and others read from it whether outputs are scaled
+    return model, tokenizer
 
 
 def because_of_positions(config: Any, known: Sequence[str]) -> list[str]:
@@ -84,21 +93,16 @@ def _because_of_exits(config: Mapping[str, Any], leave_exits: bool) -> list[str]
     return ["it has early exits, which would stay behind: write ?leave_exits=true after the format to export the rest, or use `llmdistill serve`"]
 
 
-def _stock(model: Any) -> Any:
-    """The model itself, or its tensors in a model of the stock class where it is of our class because of its exits or its ties."""
-    from llmdistill.models.structure import ties_of
-    from llmdistill.models.structured import STOCK_AND_STRUCTURED
-    from llmdistill.models.t5 import saved_tie
+def _make_stock(model: Any) -> None:
+    """Take away what keeps a dense model from being saved as a stock one: exits, and one tensor in places where the stock class has two."""
+    from torch import nn
 
-    stock: Any = next(stock for stock, _ in STOCK_AND_STRUCTURED if isinstance(model, stock))
-    if type(model) is stock:
-        return model
-    ours = ("model_type", "structure", "ties", "sizes", EXITS)
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in ours}
-    plain: Any = stock(stock.config_class(**settings | {"architectures": [stock.__name__], "tie_word_embeddings": saved_tie(model)}))
-    ties = dict(ties_of(plain).items() - ties_of(model).items())
-    if ties:
-        raise ValueError(f"the stock {stock.__name__} has one tensor where this student has two: {ties}; no other program can have it")
-    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{EXITS}.")})
-    plain.generation_config = model.generation_config
-    return plain.eval()
+    from llmdistill.models.structure import ties_of
+
+    if getattr(model.config, EXITS, None):
+        del model.exits
+        setattr(model.config, EXITS, None)
+    for name in ties_of(model):
+        if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, nn.Parameter(model.get_parameter(name).detach().clone()))

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmdistill.export.formats import GGUF, Blocks
 from llmdistill.export.gguf_file import interleaved
 from llmdistill.models import checkpoint
+from llmdistill.models.exit_settings import ExitSettings
+from llmdistill.models.exits import add_exits
 
 CAUSAL = [name for name in MODELS if not name.startswith("t5")]
 READ_ALONE = {"llama", "llama tied", "llama wide heads", "qwen2", "qwen2 tied"}
@@ -79,6 +81,17 @@ def test_a_model_of_our_class_is_written_where_all_it_has_is_ties(tmp_path: Path
     write(model, tmp_path / "student")
     assert type(checkpoint.load(tmp_path / "student")[0]).__name__ == "StructuredLlamaForCausalLM"
     GGUF().write(tmp_path / "student", tmp_path / "student.gguf")
+    assert torch.equal(logits(read(tmp_path / "student.gguf")), logits(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2 tied"])
+def test_exits_stay_behind_where_that_is_asked_for(name: str, tmp_path: Path) -> None:
+    model = random_model(name)
+    add_exits(model, ExitSettings(layers=(1,), adapter_rank=4, num_vocabulary=3, has_gates=True), (5, 9, 7))
+    write(model, tmp_path / "student")
+    with pytest.raises(ValueError, match="early exits, which would stay behind"):
+        GGUF().write(tmp_path / "student", tmp_path / "student.gguf")
+    GGUF(leave_exits=True).write(tmp_path / "student", tmp_path / "student.gguf")
     assert torch.equal(logits(read(tmp_path / "student.gguf")), logits(model))
 
 
