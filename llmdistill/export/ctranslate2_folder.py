@@ -26,13 +26,12 @@ POSITIONS = ("default", "linear")
 
 def write(settings: CTranslate2, folder: Path, out: Path) -> None:
     """Convert the checkpoint in `folder` to the new folder `out`."""
-    check(folder, out, PROGRAM, MODEL_TYPES, leave_exits=settings.leave_exits)
-    converter = _converter()
-    model, tokenizer = load_dense(folder)
-    refuse(folder, PROGRAM, _reasons(model.config))
-    with whole(out) as writing, tempfile.TemporaryDirectory() as config:
-        model.config.save_pretrained(config)
-        converter(config, model, tokenizer).convert(str(writing), quantization=settings.numbers.value)
+    config, tokenizer = check(folder, out, PROGRAM, MODEL_TYPES, leave_exits=settings.leave_exits)
+    refuse(folder, PROGRAM, _reasons(config))
+    converter, model = _converter(), load_dense(folder)
+    with whole(out) as writing, tempfile.TemporaryDirectory() as config_alone:
+        model.config.save_pretrained(config_alone)
+        converter(config_alone, model, tokenizer).convert(str(writing), quantization=settings.numbers.value)
         tokenizer.save_pretrained(writing)
 
 

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 from llmdistill.models.exit_settings import KEY as EXITS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "llmdistill_"
 """Of the model types of our classes (models/structured_config.py)."""
 
 
-def check(folder: Path, out: Path, program: str, model_types: Sequence[str], *, leave_exits: bool) -> dict[str, Any]:
-    """The checkpoint's config, or ValueError with every reason why the program cannot have it."""
+def check(folder: Path, out: Path, program: str, model_types: Sequence[str], *, leave_exits: bool) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The checkpoint's config and tokenizer, or ValueError with every reason, as far as it shows in config.json, why the program cannot have it."""
     if out.exists():
         raise ValueError(f"{out} exists already: name one that does not")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     refuse(folder, program, [*_because_of_class(config, model_types), *_because_of_modules(config), *_because_of_exits(config, leave_exits)])
-    return config
+    from transformers import AutoConfig, AutoTokenizer
+
+    return AutoConfig.from_pretrained(str(folder), local_files_only=True), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def refuse(folder: Path, program: str, reasons: Sequence[str]) -> None:
@@ -38,8 +40,8 @@ def refuse(folder: Path, program: str, reasons: Sequence[str]) -> None:
         raise ValueError(f"{folder} cannot be exported to {program}: {'; and '.join(reasons)}")
 
 
-def load_dense(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student in float32 as a model of the stock class, without exits, and its tokenizer."""
+def load_dense(folder: Path) -> PreTrainedModel:
+    """The student in float32 as a model of the stock class, without exits."""
     import torch
 
     from llmdistill.models import checkpoint
@@ -55,7 +57,7 @@ def load_dense(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model, _ = checkpoint.load(Path(plain))
     assert type(model) in stock_classes, type(model)
     model.config.tie_word_embeddings = saved_tie(model)  # T5's config has set it to True meanwhile, and others read from it whether outputs are scaled
-    return model, tokenizer
+    return model
 
 
 def because_of_positions(config: Any, known: Sequence[str]) -> list[str]:

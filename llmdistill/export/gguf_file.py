@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmdistill.export.dense import because_of_activation, because_of_positions, check, load_dense, refuse
-from llmdistill.export.gguf_tokenizer import add_tokenizer
+from llmdistill.export.gguf_tokenizer import add_tokenizer, because_of_tokenizer
 from llmdistill.export.whole import whole
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def write(settings: GGUF, folder: Path, out: Path) -> None:
     """Write the checkpoint in `folder` to the new file `out`."""
     if out.suffix != ".gguf":
         raise ValueError(f"{out} is to be a GGUF file: end its name in .gguf")
-    check(folder, out, PROGRAM, MODEL_TYPES, leave_exits=settings.leave_exits)
+    config: Any
+    config, tokenizer = check(folder, out, PROGRAM, MODEL_TYPES, leave_exits=settings.leave_exits)
+    refuse(folder, PROGRAM, [*_reasons(config, settings.numbers.name), *because_of_tokenizer(tokenizer, config.vocab_size)])
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    model, tokenizer = load_dense(folder)
-    refuse(folder, PROGRAM, _reasons(model.config, settings.numbers.name))
+    model: Any = load_dense(folder)
     with whole(out) as writing:
         writer = GGUFWriter(writing, model.config.model_type)
         name = settings.numbers.name

@@ -25,27 +25,43 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 """llama.cpp's name for the steps that it knows. "smollm" is also what a tokenizer trained here does (models/tokenizer.py)."""
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, num_tokens: int) -> None:
-    """Write it to a GGUFWriter, filled up to the model's vocabulary. ValueError where llama.cpp would read text otherwise."""
-    from gguf import TokenType
-
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer cannot be written as GGUF: a {type(tokenizer).__name__} has no tokenizer.json to read it from")
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    reasons = because_of_tokenizer(data)
+def because_of_tokenizer(tokenizer: Any, num_tokens: int) -> list[str]:
+    """Why llama.cpp would read text otherwise than this tokenizer, of a model with so many tokens."""
+    data = _data(tokenizer)
+    model, pre, decoder = data["model"], _pre_tokenizer(data), (data["decoder"] or {}).get("type")
+    if model["type"] != "BPE" or decoder != "ByteLevel":
+        return [f"its tokenizer is {model['type']} with the decoder {decoder}, and what can be written is byte-level BPE"]
+    reasons = []
+    if not pre:
+        steps, known = ", ".join(step["type"] for step in _steps(data["pre_tokenizer"])), ", ".join(PRE_TOKENIZERS)
+        reasons.append(f"its tokenizer splits text by {steps} in a way that is none of llama.cpp's {known}")
+    normalizer = (data["normalizer"] or {}).get("type")
+    if normalizer and (normalizer, pre) != ("NFC", "qwen2"):  # which llama.cpp leaves out for all that are read so
+        reasons.append(f"its tokenizer's normalizer is {normalizer}, and llama.cpp has none: where it folds capitals, train the student with lower_case=False")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            reasons.append(f"its tokenizer's {name} is {model[name]!r}, which llama.cpp does not do")
+    if pre and bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
+        reasons.append(f"its tokenizer's ignore_merges is {model.get('ignore_merges')}, and for {pre} llama.cpp takes the other")
     starts, ends = _around(tokenizer)
     if starts not in ([], [tokenizer.bos_token_id]) or ends not in ([], [tokenizer.eos_token_id]):
-        reasons.append(f"it puts {starts} before a text and {ends} after it, and llama.cpp puts a start token, an end token, or neither")
-    vocabulary, added = data["model"]["vocab"], {token["content"]: token for token in data["added_tokens"]}
-    ids: dict[str, int] = vocabulary | {text: token["id"] for text, token in added.items()}
-    if max(ids.values()) >= num_tokens:
-        reasons.append(f"it has token {max(ids.values())}, and the model's vocabulary is {num_tokens}")
-    if reasons:
-        raise ValueError(f"the tokenizer cannot be written as GGUF: {'; and '.join(reasons)}")
+        reasons.append(f"its tokenizer puts {starts} before a text and {ends} after it, and llama.cpp puts a start token, an end token, or neither")
+    if max(_ids(data).values()) >= num_tokens:
+        reasons.append(f"its tokenizer has token {max(_ids(data).values())}, and the model's vocabulary is {num_tokens}")
+    return reasons
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, num_tokens: int) -> None:
+    """Write one that llama.cpp has to a GGUFWriter, filled up to the model's vocabulary."""
+    from gguf import TokenType
+
+    data = _data(tokenizer)
+    added = {token["content"]: token for token in data["added_tokens"]}
     tokens, types = [f"[PAD{number}]" for number in range(num_tokens)], [TokenType.UNUSED] * num_tokens
-    for text, number in ids.items():
+    for text, number in _ids(data).items():
         tokens[number] = text
         types[number] = TokenType.NORMAL if text not in added else TokenType.CONTROL if added[text]["special"] else TokenType.USER_DEFINED
+    starts, ends = _around(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(data))
     writer.add_token_list(tokens)
@@ -62,24 +78,16 @@ def add_tokenizer(writer: Any, tokenizer: Any, num_tokens: int) -> None:
         writer.add_chat_template([{"name": name, "template": template} for name, template in tokenizer.chat_template.items()])
 
 
-def because_of_tokenizer(data: Mapping[str, Any]) -> list[str]:
-    """Why llama.cpp would read text otherwise than this tokenizer.json."""
-    model, pre = data["model"], _pre_tokenizer(data)
-    if model["type"] != "BPE" or (data["decoder"] or {}).get("type") != "ByteLevel":
-        return [f"it is a {model['type']} tokenizer whose decoder is {(data['decoder'] or {}).get('type')}, and what can be written is byte-level BPE"]
-    reasons = []
-    if not pre:
-        known = ", ".join(PRE_TOKENIZERS)
-        reasons.append(f"it splits text by {[step['type'] for step in _steps(data['pre_tokenizer'])]} in a way that is none of llama.cpp's {known}")
-    normalizer = (data["normalizer"] or {}).get("type")
-    if normalizer and (normalizer, pre) != ("NFC", "qwen2"):  # which llama.cpp leaves out for all that are read so
-        reasons.append(f"its normalizer is {normalizer}, and llama.cpp has none: where it folds capitals, train the student with lower_case=False")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            reasons.append(f"its {name} is {model[name]!r}, which llama.cpp does not do")
-    if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
-        reasons.append(f"its ignore_merges is {model.get('ignore_merges')}, and for {pre} llama.cpp takes the other")
-    return reasons
+def _data(tokenizer: Any) -> dict[str, Any]:
+    """What tokenizer.json says."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"a {type(tokenizer).__name__} has no tokenizer.json, from which a GGUF's tokenizer is written: use ctranslate2, or a fast tokenizer")
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def _ids(data: Mapping[str, Any]) -> dict[str, int]:
+    """Every token with its number."""
+    return data["model"]["vocab"] | {token["content"]: token["id"] for token in data["added_tokens"]}
 
 
 def _pre_tokenizer(data: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Embedding and output head in vLLM, of every kind and tied or not.
 
-Dense ones are vLLM's own. Low-rank and int8 ones are our modules as they are (models/low_rank_embedding.py and the like): there is one of each in a model.
+Dense ones are vLLM's own. A low-rank or int8 embedding is our module as it is (models/low_rank_embedding.py, models/int8_embedding.py), and such a head is a
+linear like others (vllm_linears.py). Where these two are one matrix in the checkpoint it is in memory twice here; a dense one is there once.
 """
 
 from __future__ import annotations

@@ -95,9 +95,12 @@ def int8(model: Any, *kept: str) -> Any:
 
 
 def low_rank_ends(model: Any) -> Any:
-    """Embedding and head as one pair of factors."""
-    model.model.embed_tokens = LowRankEmbedding.from_factors(torch.randn(270, 32) * 0.3, torch.randn(32, 128) * 0.3)
-    model.lm_head = model.model.embed_tokens.head()
+    """Embedding and head as one pair of factors, the table of tokens as integers."""
+    embedding = LowRankEmbedding.from_factors(torch.randn(270, 32) * 0.3, torch.randn(32, 128) * 0.3)
+    model.model.embed_tokens, model.lm_head = embedding, embedding.head()
+    table = Int8Embedding.from_embedding(embedding.table)
+    embedding.set_submodule("table", table)
+    model.lm_head.up = table.head()
     return model
 
 
