@@ -23,6 +23,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, Window, prefill_chunks
+from llmdistill.decode.skipped import SkippedResidual
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +38,8 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def feed_forward(norm_module: nn.Module, mlp: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + down(act(gate(norm(hidden))) * up(norm(hidden)))."""
+    if modules.is_stock(mlp, SkippedFeedForward):
+        return SkippedResidual(norm_module, mlp)
     if not modules.is_stock(mlp, LlamaMLP, Qwen2MLP):
         norm = modules.norm(norm_module)
         return lambda hidden: hidden + mlp(norm(hidden))

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
+from llmdistill.decode.skipped import SkippedResidual
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +29,8 @@ def feed_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     if not modules.is_stock(layer, T5LayerFF):
         return layer
     dense = layer.DenseReluDense
+    if modules.is_stock(dense, SkippedFeedForward):
+        return SkippedResidual(layer.layer_norm, dense)
     if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
         norm = modules.norm(layer.layer_norm)
         return lambda hidden: hidden + dense(norm(hidden))

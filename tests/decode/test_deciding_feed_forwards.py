@@ -1,0 +1,97 @@
+"""Parity: with feed-forwards that tokens skip, or use parts of, the engine's tokens are those of transformers, which reads all tokens again at every step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from random_models import KINDS, random_model, random_prompts
+from torch import nn
+from transformers_reference import assert_same, generate
+
+from llmdistill.decode.decoding import Decoding
+from llmdistill.decode.engine import Engine
+from llmdistill.decode.skipped import SkippedResidual
+from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
+from llmdistill.models.feed_forward import replace_feed_forwards
+from llmdistill.models.int8_linear import Int8Linear
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward, skipped
+
+BOTH = ("encoder", "decoder")
+
+
+def skipping(kind: str, seed: int, **settings: Any) -> Any:
+    """A model of which each token skips some feed-forwards."""
+    model = random_model(kind, seed, **settings)
+    for module in replace_feed_forwards(model, SkippedFeedForward, BOTH):
+        nn.init.normal_(module.gate.weight)
+        nn.init.zeros_(module.gate.bias)
+    return model
+
+
+def gating(kind: str, seed: int, **settings: Any) -> Any:
+    """A model of which each token uses two groups of four."""
+    model = random_model(kind, seed, **settings)
+    for module in replace_feed_forwards(model, partial(ChannelGatedFeedForward, groups=4, kept=2), BOTH):
+        nn.init.normal_(module.saliency.weight)
+        nn.init.ones_(module.saliency.bias)
+    return model
+
+
+@pytest.mark.parametrize("make", [skipping, gating])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_generate(kind: str, seed: int, make: Any) -> None:
+    model = make(kind, seed)
+    prompts = random_prompts(seed, 6, 12, model.config.vocab_size)
+    reference = generate(model, prompts, max_new_tokens=9, use_cache=False)
+    for max_batch_rows in (1, 4):
+        assert_same(Engine(model, max_batch_rows=max_batch_rows).generate(prompts, Decoding(max_new_tokens=9)), reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_open_ones_alone_pass_through(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = skipping(kind, 1, dtype=torch.float32)
+    num_all, num_through = [0], [0]
+    call, through = SkippedResidual.__call__, SkippedResidual._through
+
+    def counted_call(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        num_all[0] += hidden.numel() // hidden.shape[-1]
+        return call(self, hidden)
+
+    def counted_through(self: Any, hidden_OM: torch.Tensor, normed_OM: torch.Tensor) -> torch.Tensor:
+        num_through[0] += len(normed_OM)
+        return through(self, hidden_OM, normed_OM)
+
+    monkeypatch.setattr(SkippedResidual, "__call__", counted_call)
+    monkeypatch.setattr(SkippedResidual, "_through", counted_through)
+    prompts = random_prompts(1, 5, 12, model.config.vocab_size)
+    Engine(model).generate(prompts, Decoding(max_new_tokens=9))
+    assert 0.1 < num_through[0] / num_all[0] < 0.9
+    for module in skipped(model).values():
+        module.open_gate(0.1)
+    num_through[0] = 0
+    Engine(model).generate(prompts, Decoding(max_new_tokens=9))
+    assert num_through[0] == 0
+
+
+@pytest.mark.parametrize("make", [skipping, gating])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_linears_in_int8_too(kind: str, make: Any) -> None:
+    model = make(kind, 2, dtype=torch.float32)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not path.endswith(("lm_head", "gate", "saliency")):
+            model.set_submodule(path, Int8Linear.from_linear(module))
+    prompts = random_prompts(2, 4, 9, model.config.vocab_size)
+    ours = Engine(model).generate(prompts, Decoding(max_new_tokens=6))
+    reference = generate(model, prompts, max_new_tokens=6)
+    assert [one.tokens for one in ours] == [one.tokens for one in reference]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_it_runs(kind: str) -> None:
+    model = skipping(kind, 1, dtype=torch.bfloat16)
+    [one] = Engine(model).generate([[5, 6, 7]], Decoding(max_new_tokens=5))
+    assert len(one.tokens) == 5
