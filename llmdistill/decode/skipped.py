@@ -1,4 +1,4 @@
-"""A feed-forward that tokens may skip, with its norm and residual: only the open tokens pass through, and a single one that is shut costs a norm and a dot product.
+"""A feed-forward that tokens may skip, with its norm and residual: only open tokens pass through, and one that is shut costs a norm and a small product.
 
 The arithmetic is that of models/skipped_feed_forward.py; the linears run as llmdistill.decode.modules says.
 

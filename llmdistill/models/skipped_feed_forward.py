@@ -2,8 +2,8 @@
 
     y = g(x) * f(x),   g(x) = 1 where open(x) >= shut(x), else 0;   open and shut are the two outputs of one linear
 
-Source: Wang et al. 2018, "SkipNet: Learning Dynamic Routing in Convolutional Networks", equation 1, with the smallest of feed-forward gates (section 3.1): one
-linear that reads what the block reads. Where we differ: SkipNet skips for a whole image, we for each token by itself, as Raposo et al. 2024 ("Mixture-of-Depths")
+Source: Wang et al. 2018, "SkipNet: Learning Dynamic Routing in Convolutional Networks", equation 1, with the smallest of gates (section 3.1): one linear that
+reads what the block reads. Where we differ: SkipNet skips for a whole image, we for each token by itself, as Raposo et al. 2024 ("Mixture-of-Depths")
 do; their gate however ranks the tokens of a sequence against each other, which a decoder that does not know the next token cannot. So what a token does
 depends on the tokens before it alone, and decoding token by token is the same as reading all of them at once. Attention is never skipped: the keys and values
 of a token are there for all that come after it. The linear has two outputs and not one so that every tensor of the file begins at a multiple of 8 bytes, for

@@ -47,20 +47,21 @@ def test_slices_are_the_masked_whole(model: Any, num_tokens: int, monkeypatch: p
             linear.bias = nn.Parameter(torch.randn(linear.out_features, dtype=torch.float64))
     hidden_MD = torch.randn(num_tokens, module.width, dtype=torch.float64)
     masked_MD = module.masked(hidden_MD, module.salience(hidden_MD))
-    asked: list[int] = []
-    sliced = ChannelGatedFeedForward._sliced
+    counts: list[int] = []
+    inner_of = ChannelGatedFeedForward._inner_of
 
-    def counted(self: Any, hidden_MD: Any, salience_MG: Any, used: list[int]) -> Any:
-        asked.append(len(used))
-        return sliced(self, hidden_MD, salience_MG, used)
+    def counted(self: Any, group: int, hidden_TD: torch.Tensor) -> torch.Tensor:
+        counts.append(len(hidden_TD))
+        return inner_of(self, group, hidden_TD)
 
-    monkeypatch.setattr(ChannelGatedFeedForward, "_sliced", counted)
-    monkeypatch.setattr(module_file, "MOST_USED", 1.0)
+    monkeypatch.setattr(ChannelGatedFeedForward, "_inner_of", counted)
     with torch.inference_mode():
-        for shape in ((num_tokens, -1), (1, num_tokens, -1)):
-            torch.testing.assert_close(module(hidden_MD.view(shape)), masked_MD.view(shape), rtol=1e-10, atol=1e-12)
-    assert len(asked) == (2 if num_tokens <= module_file.MOST_TOKENS else 0)
-    assert all(used <= 2 * num_tokens for used in asked)
+        assert torch.equal(module(hidden_MD), masked_MD)
+        assert not counts, "such thin slices are slower than the whole"
+        monkeypatch.setattr(module_file, "LEAST_SLICE", 0)
+        torch.testing.assert_close(module(hidden_MD), masked_MD, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(module(hidden_MD[None]), masked_MD[None], rtol=1e-10, atol=1e-12)
+    assert sum(counts) <= 2 * num_tokens * 2
 
 
 def test_the_kept_ones_are_the_most_salient() -> None:
