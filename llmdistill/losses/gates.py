@@ -78,8 +78,11 @@ class Decided:
 
     def cost(self, batch: Batch) -> Float[Tensor, ""]:
         """Multiplications that were done."""
-        tokens = real_tokens(batch)
-        return torch.stack([cost * self._real(self.open[path], tokens[stack_of(path)]).sum() for path, cost in self.costs.items()]).sum()
+        return torch.stack([self.cost_of(path, batch) for path in self.costs]).sum()
+
+    def cost_of(self, path: str, batch: Batch) -> Float[Tensor, ""]:
+        """Multiplications behind one gate that were done."""
+        return self.costs[path] * self._real(self.open[path], real_tokens(batch)[stack_of(path)]).sum()
 
     def shares_R(self, batch: Batch) -> Float[Tensor, " R"]:
         """Of each row's multiplications, the part that was done."""

@@ -6,10 +6,10 @@ For a row r and the actions a that its gates drew, with probabilities sigmoid(lo
     gradient of the gates = mean over rows and samples k of (cost_r(a_k) - mean of the other samples' costs) * gradient of log P(a_k)
 
 Source: Wang et al. 2018, "SkipNet", section 3.3: hybrid reinforcement learning. The rest of the student learns beside the gates, from the supervised loss
-of the same sampled runs. Where we differ: the reward of a gate is that of its whole row (SkipNet leaves out what earlier gates cost); the baseline is the mean of the
-row's other samples, which leaves the gradient unbiased (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"); and the gates' gradient stops
-at their inputs, so that a reward moves the gates alone. Which tokens open is drawn by losses/token_noise.py, so that a step's gradient is one however it is
-split into micro-batches.
+of the same sampled runs. Where we differ: the reward of a gate is that of its whole row (SkipNet leaves out what earlier gates cost); the baseline is the mean
+of the row's other samples, which leaves the gradient unbiased (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"); and the gates' gradient
+stops at their inputs, so that a reward moves the gates alone. Which tokens open is drawn by losses/token_noise.py, so that a step's gradient is one however it
+is split into micro-batches.
 
 Parts are SkipLoss's and `policy`: the mean cost of a row, whose gradient is the one above. In evaluation gates are as in inference, and nothing is drawn.
 
