@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
-from llmdistill.decode.skipped import SkippedResidual
+from llmdistill.decode.skipped import SkippedResidual, layer_gate, open_tokens, put_back
 from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
@@ -68,23 +68,33 @@ class T5Encoder:
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for qkv, num_heads, add_output, add_feed_forward in self.blocks:
+        for gate, qkv, num_heads, add_output, add_feed_forward in self.blocks:
+            open_O = open_tokens(gate, hidden_REM.view(-1, hidden_REM.shape[-1]))
+            if open_O is not None and not len(open_O):
+                continue
             q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(hidden_REM))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
-            hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
-            hidden_REM = clamp(add_feed_forward(hidden_REM))
+            attended = attended.transpose(1, 2).reshape(num_rows, num_columns, -1)
+            if open_O is None:
+                hidden_REM = clamp(add_feed_forward(clamp(add_output(hidden_REM, attended))))
+                continue
+            hidden_NM = hidden_REM.view(-1, hidden_REM.shape[-1])
+            through_OM = clamp(add_feed_forward(clamp(add_output(hidden_NM[open_O], attended.flatten(0, 1)[open_O]))))
+            hidden_REM = put_back(hidden_NM, through_OM, open_O).view(hidden_REM.shape)
         return self.norm(hidden_REM)
 
 
-EncoderBlock: TypeAlias = "tuple[Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
-"""q k v of the norm, number of heads, what adds the attention's output, the feed-forward."""
+EncoderBlock: TypeAlias = (
+    "tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
+)
+"""The gate, q k v of the norm, number of heads, what adds the attention's output, the feed-forward."""
 
 
 def _encoder_block(block: Any) -> EncoderBlock:
     own, last = modules.opened(block, T5Block).layer
     attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
     qkv = modules.normed_separate(own.layer_norm, [attention.q, attention.k, attention.v])
-    return qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
+    return layer_gate(block), qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
 
 
 def keep(hidden: Tensor) -> Tensor:

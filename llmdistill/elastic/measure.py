@@ -8,7 +8,7 @@ from torch import nn
 
 from llmdistill.elastic.shape import ModelShape, StackShape
 from llmdistill.models.anatomy import Place, Stack, embeddings, stacks
-from llmdistill.models.feed_forward import deciding
+from llmdistill.models.deciding import deciding
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.resized import ffn_width, num_heads
 from llmdistill.models.t5 import head_is_tied

@@ -1,7 +1,7 @@
 """What the gates of a model decide in one run over a batch, and what that costs.
 
-A gate sees padding too; what it decides there counts for nothing. Cost is in multiplications of a token's feed-forward, so that a wide layer counts more than
-a narrow one, and what is reported is the share of all of them that is done.
+A gate sees padding too; what it decides there counts for nothing. Cost is in multiplications of what a token skips, so that a wide layer counts more than a
+narrow one, and what is reported is the share of all of them that is done.
 
 Shapes: B L rows and tokens of one call, A tokens of all calls of a stack one after the other, N real ones among them, R rows of the encoder or of a causal
 model.
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llmdistill.batches import Batch
-from llmdistill.models.skipped_feed_forward import SkippedFeedForward, decided_by, skipped, straight_through
+from llmdistill.models.skipping import Skipping, decided_by, skipped, straight_through
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -28,7 +28,7 @@ def gate_costs(model: Any) -> dict[str, int]:
     """Multiplications behind each gate, by its path."""
     modules = skipped(model)
     if not modules:
-        raise ValueError("the model has no gates, so there is nothing to skip; give it some first (the SkipFeedForwards stage)")
+        raise ValueError("the model has no gates, so there is nothing to skip; give it some first (the SkipLayers stage)")
     return {path: module.num_multiplications for path, module in modules.items()}
 
 
@@ -109,8 +109,8 @@ class Decided:
         return torch.cat([one.flatten() for one in calls]).index_select(0, tokens.index_N)
 
 
-Rule: TypeAlias = Callable[[str, int, SkippedFeedForward, Tensor], "tuple[Tensor, Tensor | None]"]
-"""From a gate's path, the number of this call, the module and what it reads to open or not, and a log-probability where it was drawn."""
+Rule: TypeAlias = Callable[[str, int, Skipping, Tensor], "tuple[Tensor, Tensor | None]"]
+"""From a gate's path, the number of this call, the module and what its gate reads to open or not, and a log-probability where it was drawn."""
 
 
 @contextmanager
@@ -119,10 +119,10 @@ def deciding_by(model: Any, costs: Mapping[str, int], rule: Rule) -> Iterator[De
     path_of = {id(module): path for path, module in skipped(model).items()}
     decided = Decided(costs)
 
-    def decide(module: SkippedFeedForward, hidden_BLD: Tensor) -> Tensor:
+    def decide(module: Skipping, read_BLD: Tensor) -> Tensor:
         path = path_of[id(module)]
         calls = decided.open.setdefault(path, [])
-        open_BL, log_probability_BL = rule(path, len(calls), module, hidden_BLD)
+        open_BL, log_probability_BL = rule(path, len(calls), module, read_BLD)
         calls.append(open_BL)
         if log_probability_BL is not None:
             decided.log_probability.setdefault(path, []).append(log_probability_BL)
@@ -132,6 +132,6 @@ def deciding_by(model: Any, costs: Mapping[str, int], rule: Rule) -> Iterator[De
         yield decided
 
 
-def hard(path: str, call: int, module: SkippedFeedForward, hidden_BLD: Tensor) -> tuple[Tensor, None]:
+def hard(path: str, call: int, module: Skipping, read_BLD: Tensor) -> tuple[Tensor, None]:
     """As in inference, with the gradient of the sigmoid (section 3.2 of SkipNet)."""
-    return straight_through(module.logits(hidden_BLD)), None
+    return straight_through(module.logits(read_BLD)), None

@@ -2,9 +2,9 @@
 
     L = sum over parts p of weight_p * (hard_weight * CE_p + kl_weight * KL_p(teacher || student)) + compute_weight * share of multiplications done
 
-Source: Wang et al. 2018, "SkipNet", section 3.2: gates are hard forward and soft backward (models/skipped_feed_forward.py), and the reward of section 3.3 for
+Source: Wang et al. 2018, "SkipNet", section 3.2: gates are hard forward and soft backward (models/skipping.py), and the reward of section 3.3 for
 what is skipped, here as a penalty, whose gradient goes through the sigmoid likewise. KL is losses/recover.py's, and the teacher the student as it was; without
-one CE counts alone. What the penalty counts is in losses/gates.py: the feed-forwards that may be skipped are 1, however little of the model they are.
+one CE counts alone. What the penalty counts is in losses/gates.py: what may be skipped is 1, however little of the model they are.
 
 Shapes: N target tokens, V vocabulary, P parts of this loss, Q parts of the multitask loss.
 """

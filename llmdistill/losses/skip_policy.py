@@ -31,7 +31,7 @@ from llmdistill.losses.loss import target_logits_NV
 from llmdistill.losses.recover import token_kl_N
 from llmdistill.losses.skip import SkipLoss
 from llmdistill.losses.token_noise import TokenNoise
-from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+from llmdistill.models.skipping import Skipping
 
 POLICY = "policy"
 
@@ -105,8 +105,8 @@ class SkipPolicyLoss:
         number_of = {path: number for number, path in enumerate(self.supervised.costs)}
 
         def rule_of(sample: int) -> Rule:
-            def draw(path: str, call: int, module: SkippedFeedForward, hidden_BLD: Tensor) -> tuple[Tensor, Tensor]:
-                logits_BL = module.logits(hidden_BLD.detach())
+            def draw(path: str, call: int, module: Skipping, read_BLD: Tensor) -> tuple[Tensor, Tensor]:
+                logits_BL = module.logits(read_BLD.detach())
                 is_open_BL = noise.uniform_BL(stack_of(path), call, number_of[path], sample) < torch.sigmoid(logits_BL.detach().double())
                 log_probability_BL = F.logsigmoid(torch.where(is_open_BL, logits_BL, -logits_BL))
                 return is_open_BL.to(logits_BL.dtype), log_probability_BL

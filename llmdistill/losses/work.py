@@ -1,4 +1,4 @@
-"""How much of a model's work is done: multiplications with weights, of the feed-forwards that decide something and of the whole, on given rows.
+"""How much of a model's work is done: multiplications with weights, of the modules that decide something and of the whole, on given rows.
 
 Counted are the linears, token by token: a layer's own, cross-attention's keys and values for the tokens that are read, the output head for the tokens that are
 said, and what gates and saliencies themselves take. Attention's products of tokens with tokens are left out, on both sides.
@@ -18,15 +18,15 @@ from llmdistill.losses.gates import DECODER, ENCODER, deciding_by, hard, real_to
 from llmdistill.losses.loss import target_logits_NV
 from llmdistill.models.anatomy import stacks
 from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
-from llmdistill.models.feed_forward import FeedForward, deciding
+from llmdistill.models.deciding import deciding
 from llmdistill.models.modes import evaluating
-from llmdistill.models.skipped_feed_forward import skipped
+from llmdistill.models.skipping import skipped
 from llmdistill.train_settings import TrainSettings
 
 
 @torch.no_grad()
 def shares_of_work(model: Any, examples: Sequence[Example], settings: TrainSettings) -> dict[str, float]:
-    """Of the feed-forwards that decide something, by stack and together, and of the whole model, the share that is done on these rows."""
+    """Of the modules that decide something, by stack and together, and of the whole model, the share that is done on these rows."""
     modules, per_token = deciding(model), _per_token(model)
     costs = {path: module.num_multiplications for path, module in skipped(model).items()}
     all_of, done_of = dict.fromkeys(per_token, 0.0), dict.fromkeys(per_token, 0.0)
@@ -45,7 +45,7 @@ def shares_of_work(model: Any, examples: Sequence[Example], settings: TrainSetti
                 done_of[stack] += float(decided.cost_of(path, batch)) if path in costs else of_all * _kept(module)
                 overhead += _size(_decider(module)) * num_tokens[stack]
     if not sum(all_of.values()):
-        raise ValueError("the model has no feed-forward that decides something, or there are no rows; give both")
+        raise ValueError("the model has no module that decides something, or there are no rows; give both")
     shares = {f"share_{stack}": done_of[stack] / all_of[stack] for stack in all_of if all_of[stack]}
     skipped_work = sum(all_of.values()) - sum(done_of.values())
     return shares | {"share_gated": sum(done_of.values()) / sum(all_of.values()), "share_model": (whole + overhead - skipped_work) / whole}
@@ -65,7 +65,7 @@ def _size(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
 
-def _kept(module: FeedForward) -> float:
+def _kept(module: Any) -> float:
     assert isinstance(module, ChannelGatedFeedForward)
     return module.kept / module.groups
 

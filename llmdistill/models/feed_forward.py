@@ -94,11 +94,6 @@ def feed_forward_of(layer: Layer) -> tuple[nn.Module, str]:
     return (layer.module, "mlp") if hasattr(layer.module, "mlp") else (layer.module.layer[-1], "DenseReluDense")
 
 
-def deciding(model: Any) -> dict[str, FeedForward]:
-    """The feed-forwards of a model that decide something, by their paths."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FeedForward)}
-
-
 def replace_feed_forwards(model: Any, kind: Any, stack_names: tuple[str, ...]) -> list[Any]:
     """Put a deciding feed-forward, kind(stock), in the place of every stock one of these stacks; the new ones, in order."""
     made = []

@@ -27,6 +27,7 @@ from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_embedding import LowRankEmbedding
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+from llmdistill.models.skipped_layer import SkippedLlamaLayer, SkippedQwen2Layer, SkippedT5Block
 from llmdistill.models.stored_linear import StoredLinear
 from llmdistill.models.tensor_linear import CPLinear, TuckerLinear
 
@@ -40,6 +41,9 @@ KINDS: tuple[Any, ...] = (
     TuckerLinear,
     CPLinear,
     SkippedFeedForward,
+    SkippedT5Block,
+    SkippedLlamaLayer,
+    SkippedQwen2Layer,
     ChannelGatedFeedForward,
 )
 """Every kind there is (module classes as kind.py describes). A new technique adds its class here."""

@@ -1,10 +1,10 @@
-"""Students that decide what to compute, token by token: feed-forwards that are skipped, and feed-forwards of which some groups of neurons are used.
+"""Students that decide what to compute, token by token: layers or feed-forwards that are skipped, and feed-forwards of which some groups of neurons are used.
 
     skipping = SkipLayers(checkpoint=student, task=task, rationales=rationales, compute_weight=0.2)
     refined = RefineSkips(checkpoint=skipping, teacher=student, task=task, rationales=rationales, compute_weight=0.2)
     gated = GateChannels(checkpoint=student, task=task, rationales=rationales, groups=8, kept=2)
 
-Each takes a student, puts gates in (models/skipped_feed_forward.py, models/channel_gated_feed_forward.py) and trains it for a while, with the student as it
+Each takes a student, puts gates in (models/skipping.py, models/channel_gated_feed_forward.py) and trains it for a while, with the student as it
 was as the teacher; RefineSkips takes one that has gates, and refines them by REINFORCE (losses/skip_policy.py). The result is a checkpoint as any: it loads,
 decodes, is evaluated, served and compressed. An elastic student, or one in integers, is refused: gates come before integers, and after extraction.
 
@@ -42,8 +42,15 @@ GATE_SPREAD = 0.3
 """Standard deviation of what new gates make of a token of unit size: enough to begin with, and not enough to shut one."""
 
 
+class Unit(enum.Enum):
+    """What a token skips."""
+
+    LAYER = "whole layers: attention and feed-forward"
+    FEED_FORWARD = "feed-forwards"
+
+
 class Where(enum.Enum):
-    """Whose feed-forwards decide. A causal model has a decoder alone."""
+    """Whose layers decide. A causal model has a decoder alone."""
 
     ENCODER = ("encoder",)
     DECODER = ("decoder",)
@@ -126,6 +133,7 @@ class _Deciding(Stage[Checkpoint]):
             return
         from llmdistill.elastic.kept import is_elastic
         from llmdistill.models import checkpoint
+        from llmdistill.models.deciding import deciding
 
         writing = folder.with_name("initial.writing")
         shutil.rmtree(writing, ignore_errors=True)
@@ -137,6 +145,9 @@ class _Deciding(Stage[Checkpoint]):
             )
         if any(not parameter.is_floating_point() for parameter in model.parameters()):
             raise ValueError(f"the student of {self.checkpoint.name!r} has integer weights, which cannot be trained: gates first, integers afterwards")
+        gates = list(deciding(model))
+        if gates and not isinstance(self, RefineSkips):
+            raise ValueError(f"the student of {self.checkpoint.name!r} decides already, at {gates[0]} first; begin with one that does not, or refine its gates")
         self._prepare(model, self._examples(rows, tokenizer, model))
         checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card=source.model_card())
         writing.rename(folder)
@@ -172,11 +183,12 @@ class _Deciding(Stage[Checkpoint]):
 
 @dataclass(frozen=True, kw_only=True)
 class SkipLayers(_Deciding):
-    """A student whose tokens skip feed-forwards that they can do without (SkipNet): straight-through gates under a penalty."""
+    """A student whose tokens skip layers that they can do without (SkipNet): straight-through gates under a penalty."""
 
+    unit: Unit = Unit.LAYER
     where: Where = Where.BOTH
     compute_weight: float = 0.2
-    """What the share of the feed-forwards' work that is done counts in the loss. More skips more."""
+    """What the share of the work that is done, of what may be skipped, counts in the loss. More skips more."""
     open_at_start: float = 0.9
     """How likely every gate is to be open before training."""
 
@@ -191,9 +203,11 @@ class SkipLayers(_Deciding):
 
         from llmdistill.models.feed_forward import replace_feed_forwards
         from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+        from llmdistill.models.skipped_layer import replace_layers
 
         generator = torch.Generator().manual_seed(self.seed)
-        for module in replace_feed_forwards(model, SkippedFeedForward, self.where.value):
+        names = self.where.value
+        for module in replace_layers(model, names) if self.unit is Unit.LAYER else replace_feed_forwards(model, SkippedFeedForward, names):
             module.open_gate(self.open_at_start)
             torch.nn.init.normal_(module.gate.weight, std=GATE_SPREAD * module.width**-0.5, generator=generator)
 
@@ -206,7 +220,7 @@ class RefineSkips(_Deciding):
     """A student that skips, with its gates refined by REINFORCE: what they draw is judged by what it costs (SkipNet's second stage)."""
 
     compute_weight: float = 0.2
-    """What the share of the feed-forwards' work that is done costs a row, in nats."""
+    """What the share of the work that is done, of what may be skipped, costs a row, in nats."""
     num_samples: int = 2
     """Draws of a step; each is judged against the others, and runs the student once."""
     gates_alone: bool = False
@@ -225,7 +239,7 @@ class RefineSkips(_Deciding):
         gate_costs(model)  # refuses a student without gates
 
     def _train_only(self, model: Any) -> None:
-        from llmdistill.models.skipped_feed_forward import skipped
+        from llmdistill.models.skipping import skipped
 
         if self.gates_alone:
             model.requires_grad_(False)
@@ -304,8 +318,8 @@ def _float32() -> Any:
 def _card(stage: _Deciding, source: Checkpoint, figures: Mapping[str, JsonScalar]) -> str:
     """README.md: what the student says of itself, and what it decides."""
     what = {
-        SkipLayers: "Each token skips the feed-forwards that it can do without.",
-        RefineSkips: "Each token skips the feed-forwards that it can do without; which, was refined by REINFORCE.",
+        SkipLayers: "Each token skips what it can do without.",
+        RefineSkips: "Each token skips what it can do without; what that is was refined by REINFORCE.",
         GateChannels: "Each token uses some groups of each feed-forward's neurons.",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

@@ -50,5 +50,5 @@ def test_of_groups_of_channels() -> None:
 
 
 def test_a_model_that_decides_nothing_has_no_shares() -> None:
-    with pytest.raises(ValueError, match="no feed-forward that decides something"):
+    with pytest.raises(ValueError, match="no module that decides something"):
         shares_of_work(t5(), examples(3), SETTINGS)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from llmdistill.models import channel_gated_feed_forward as module_file
 from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
 from llmdistill.models.checkpoint import save
-from llmdistill.models.feed_forward import deciding, replace_feed_forwards
+from llmdistill.models.deciding import deciding
+from llmdistill.models.feed_forward import replace_feed_forwards
 from llmdistill.models.low_rank_linear import LowRankLinear
 
 Logits = Callable[[PreTrainedModel], torch.Tensor]

@@ -16,7 +16,8 @@ from llmdistill.compress.slots import slots
 from llmdistill.models.anatomy import stacks
 from llmdistill.models.checkpoint import save
 from llmdistill.models.feed_forward import replace_feed_forwards
-from llmdistill.models.skipped_feed_forward import SkippedFeedForward, decided_by, skipped, straight_through
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+from llmdistill.models.skipping import decided_by, skipped, straight_through
 
 Build = Callable[[str], PreTrainedModel]
 Logits = Callable[[PreTrainedModel], torch.Tensor]

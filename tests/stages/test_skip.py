@@ -21,11 +21,11 @@ from llmdistill.decode.engine import Decoding, Engine
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models import checkpoint
 from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
-from llmdistill.models.feed_forward import deciding
-from llmdistill.models.skipped_feed_forward import skipped
+from llmdistill.models.deciding import deciding
+from llmdistill.models.skipping import skipped
 from llmdistill.stages.compress import Compress
 from llmdistill.stages.evaluate import Evaluate
-from llmdistill.stages.skip import GateChannels, RefineSkips, SkipLayers, Where
+from llmdistill.stages.skip import GateChannels, RefineSkips, SkipLayers, Unit, Where
 from llmdistill.train_settings import Best, Steps, TrainSettings
 
 SHORT = TrainSettings(duration=Steps(6), batch_size=8, evaluate_every_steps=3, learning_rate=1e-3)
@@ -42,6 +42,10 @@ def skip(folder: Path, **settings: Any) -> SkipLayers:
     return SkipLayers(**common(folder) | settings)
 
 
+def skip_feed_forwards(folder: Path, **settings: Any) -> SkipLayers:
+    return skip(folder, unit=Unit.FEED_FORWARD, **settings)
+
+
 def refine(folder: Path, **settings: Any) -> RefineSkips:
     first = skip(folder)
     return RefineSkips(**common(folder) | {"checkpoint": first, "teacher": first.checkpoint} | settings)
@@ -51,7 +55,7 @@ def gate(folder: Path, **settings: Any) -> GateChannels:
     return GateChannels(**common(folder) | {"groups": 4, "kept": 2} | settings)
 
 
-@pytest.mark.parametrize("make, technique", [(skip, "skip"), (refine, "refine skips"), (gate, "gate channels")])
+@pytest.mark.parametrize("make, technique", [(skip, "skip"), (skip_feed_forwards, "skip"), (refine, "refine skips"), (gate, "gate channels")])
 def test_the_result_loads_decodes_and_says_what_it_saves(make: Any, technique: str, tmp_path: Path) -> None:
     stage, store = make(tmp_path), Store(tmp_path / "store")
     built = store.build(stage)
@@ -100,7 +104,7 @@ def test_only_the_stacks_that_are_named_decide(where: Where, tmp_path: Path) -> 
     assert {path.split(".")[0] for path in deciding(checkpoint.load(built.folder)[0])} == set(where.value)
 
 
-@pytest.mark.parametrize("make", [skip, gate])
+@pytest.mark.parametrize("make", [skip, skip_feed_forwards, gate])
 def test_what_decides_is_compressed_as_any(make: Any, tmp_path: Path) -> None:
     stage, store = make(tmp_path), Store(tmp_path / "store")
     smaller = Compress(
@@ -149,7 +153,7 @@ def test_refined_by_what_is_drawn_gates_are_in_the_same_places(tmp_path: Path) -
         (lambda folder: Store(folder / "store").build(refine(folder, checkpoint=skip(folder).checkpoint)), "no gates, so there is nothing to skip"),
         (lambda folder: Store(folder / "store").build(skip(folder, checkpoint=elastic(folder))), "elastic, and gates are trained for one student"),
         (lambda folder: Store(folder / "store").build(skip(folder, checkpoint=compress(folder, Int8()))), "has integer weights"),
-        (lambda folder: Store(folder / "store").build(skip(folder, checkpoint=skip(folder))), "this is a SkippedFeedForward"),
+        (lambda folder: Store(folder / "store").build(skip(folder, checkpoint=skip(folder))), "decides already, at encoder.block.0 first"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong: Any, message: str, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from llmdistill.losses.skip import SkipLoss
 from llmdistill.losses.skip_policy import SkipPolicyLoss
 from llmdistill.losses.token_noise import TokenNoise
 from llmdistill.models.feed_forward import replace_feed_forwards
-from llmdistill.models.skipped_feed_forward import SkippedFeedForward, skipped
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+from llmdistill.models.skipped_layer import replace_layers
+from llmdistill.models.skipping import skipped
 from llmdistill.train import Lessons
 from llmdistill.train_settings import Steps
 
@@ -34,10 +36,10 @@ MODELS: dict[str, Any] = {"t5": t5, "causal": causal}
 each_model = pytest.mark.parametrize("make", list(MODELS.values()), ids=list(MODELS))
 
 
-def gated(make: Any, *, is_open: bool = False) -> Any:
-    """A model with gates: all open, or open for about half of the tokens."""
-    model = make()
-    for module in replace_feed_forwards(model, SkippedFeedForward, ("encoder", "decoder")):
+def gated(make: Any, *, is_open: bool = False, layers: bool = False) -> Any:
+    """A model with gates at feed-forwards or whole layers: all open, or open for about half of the tokens."""
+    model, names = make(), ("encoder", "decoder")
+    for module in replace_layers(model, names) if layers else replace_feed_forwards(model, SkippedFeedForward, names):
         module.open_gate(0.8)
         if not is_open:
             nn.init.normal_(module.gate.weight)
@@ -78,8 +80,9 @@ def test_with_all_gates_open_it_is_the_loss_of_recovery(make: Any, shared: bool)
 
 
 @each_model
-def test_what_gates_decide_about_padding_counts_for_nothing(make: Any) -> None:
-    model = gated(make)
+@pytest.mark.parametrize("layers", [False, True])
+def test_what_gates_decide_about_padding_counts_for_nothing(make: Any, layers: bool) -> None:
+    model = gated(make, layers=layers)
     loss = skip_loss(model, make)
     rows = examples(6)
     together = loss.sums_P(model, batch_of(rows, make))
@@ -106,11 +109,12 @@ def test_shares_of_rows_and_of_the_batch_agree(make: Any) -> None:
 
 
 @each_model
+@pytest.mark.parametrize("layers", [False, True])
 @pytest.mark.parametrize("policy", [False, True])
-def test_eight_at_once_are_eight_times_one(make: Any, policy: bool, tmp_path: Path) -> None:
+def test_eight_at_once_are_eight_times_one(make: Any, layers: bool, policy: bool, tmp_path: Path) -> None:
     weights = []
     for size in (8, 1):
-        model = gated(make)
+        model = gated(make, layers=layers)
         loss: Any = skip_loss(model, make)
         loss = SkipPolicyLoss(supervised=loss, num_samples=3) if policy else loss
         trained, _ = outcome(model, Lessons(train=examples(8)), tmp_path / str(size), loss=loss, micro_batch_size=size)
@@ -177,8 +181,9 @@ def probability_of(actions: Any, model: Any, loss: SkipPolicyLoss, batch: Batch)
 
 
 @each_model
-def test_reinforce_is_the_gradient_of_the_expected_cost(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = gated(make), one_row(make)
+@pytest.mark.parametrize("layers", [False, True])
+def test_reinforce_is_the_gradient_of_the_expected_cost(make: Any, layers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = gated(make, layers=layers), one_row(make)
     loss = SkipPolicyLoss(supervised=skip_loss(model, make, multitask=LabelOnly(), compute_weight=0.7))
     gates = [parameter for module in skipped(model).values() for parameter in module.gate.parameters()]
     estimated = [torch.zeros_like(gate) for gate in gates]
@@ -197,7 +202,7 @@ def test_reinforce_is_the_gradient_of_the_expected_cost(make: Any, monkeypatch: 
         others += [parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None and ".gate." not in name]
         assert not any(gradient.any() for gradient in others), "a reward moves the gates alone"
         others.clear()
-    epsilon = 1e-5
+    epsilon = 1e-4 if make is causal else 1e-5  # Llama's norm is in float32 whatever the model is in
     with torch.no_grad():
         for total, gate in zip(estimated, gates, strict=True):
             for place in range(0, gate.numel(), 7):
