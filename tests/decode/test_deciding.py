@@ -132,16 +132,18 @@ def test_a_layer_that_all_skip_is_not_computed(kind: str) -> None:
     assert one.logprob_sum == one.logprob_sum
 
 
-@pytest.mark.parametrize("kind", ["t5 v1.1", "llama"])
-def test_with_exits_a_token_that_never_leaves_says_the_same(kind: str) -> None:
+@pytest.mark.parametrize("kind, threshold", [("t5 v1.1", 0.02), ("llama", 0.1)])
+def test_with_exits_a_row_says_the_same_alone_and_at_full_depth_what_it_said(kind: str, threshold: float) -> None:
     settings: dict[str, Any] = {"num_layers": 3, "num_decoder_layers": 3} if kind.startswith("t5") else {"num_hidden_layers": 3}
     model = skipping_layers(kind, 4, **settings)
     prompts = random_prompts(4, 5, 9, model.config.vocab_size)
     before = Engine(model).generate(prompts, Decoding(max_new_tokens=8))
     add_exits(model, ExitSettings(layers=(1, 2)))
     assert [one.tokens for one in Engine(model).generate(prompts, Decoding(max_new_tokens=8, exit_threshold=1.0))] == [one.tokens for one in before]
-    left = Engine(model).generate(prompts, Decoding(max_new_tokens=8, exit_threshold=0.03))
-    assert len({layers for one in left for layers in one.layers}) > 1
+    leaving = Decoding(max_new_tokens=8, exit_threshold=threshold)
+    together, alone = (Engine(model, max_batch_rows=number).generate(prompts, leaving) for number in (5, 1))
+    assert {layers for one in together for layers in one.layers} == {1, 2, 3}
+    assert [(one.tokens, one.layers) for one in together] == [(one.tokens, one.layers) for one in alone]
 
 
 @pytest.mark.parametrize("make", [skipping, skipping_layers])
