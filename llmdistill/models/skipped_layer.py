@@ -89,8 +89,9 @@ class SkippedT5Block(SkippedLayer, T5Block):
         return self.layer[0].layer_norm
 
     def skipped_linears(self) -> list[nn.Module]:
-        own, *cross, last = self.layer
-        linears: list[Any] = [own.SelfAttention.q, own.SelfAttention.o]
+        parts: list[Any] = list(self.layer)
+        own, *cross, last = parts
+        linears: list[nn.Module] = [own.SelfAttention.q, own.SelfAttention.o]
         linears += [linear for part in cross for linear in (part.EncDecAttention.q, part.EncDecAttention.o)]
         return [*linears, last.DenseReluDense]
 

@@ -43,7 +43,8 @@ def skip(folder: Path, **settings: Any) -> SkipLayers:
 
 
 def skip_feed_forwards(folder: Path, **settings: Any) -> SkipLayers:
-    return skip(folder, unit=Unit.FEED_FORWARD, **settings)
+    unit: Any = Unit.FEED_FORWARD
+    return skip(folder, unit=unit, **settings)
 
 
 def refine(folder: Path, **settings: Any) -> RefineSkips:
