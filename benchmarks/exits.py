@@ -3,12 +3,12 @@
     llmdistill run quickstart
     python benchmarks/exits.py
 
-Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and on
-request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student. The 639 validation and test rows, which nothing was trained on, are
-divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is measured on the others.
+Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and
+on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student. The 639 validation and test rows, which nothing was trained on,
+are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is measured on the others.
 
     mean layers, accuracy   on the measured rows, full depth beside each delta
-    wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians of repeats
+    wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians
     drafts                  the same for self-speculation, whose tokens are those of the full model (checked)
     violations              share of 200 calibrations on rows redrawn from all whose expected loss, the mean over all rows, is above delta
     policies                keys and values computed (deferred) or propagated: accuracy, layers and wall clock at the same threshold
@@ -93,7 +93,7 @@ class Bench:
         keep_settings(self.answering.model, replace(self.settings, confidence=confidence, policy=policy))
         return Engine(self.answering.model, max_batch_rows=size)
 
-    def decoding(self, threshold: float, **drafts: int) -> Decoding:
+    def decoding(self, threshold: float, **drafts: Any) -> Decoding:
         return Decoding(max_new_tokens=self.max_new_tokens, exit_threshold=threshold, **drafts)
 
     def curve(self, engine: Engine, thresholds: Sequence[float]) -> Curve:
@@ -134,7 +134,8 @@ def measured(bench: Bench, confidences: Sequence[Confidence], deltas: Sequence[f
     found, engine = curves[confidence], bench.engine(confidence)
     told = ", ".join(f"{one.value} {layers(one):.2f}" for one in confidences)
     print(
-        f"  layers a token at delta {deltas[0]:g}: {told} (of {engine.num_layers}); {is_calibration.sum()} rows to calibrate, {(~is_calibration).sum()} to measure"
+        f"  layers a token at delta {deltas[0]:g}: {told} (of {engine.num_layers}); "
+        f"{is_calibration.sum()} rows to calibrate, {(~is_calibration).sum()} to measure"
     )
     rest = [place for place, is_used in enumerate(is_calibration) if not is_used]
     figures: dict[str, Any] = {"confidence": confidence.value, "num_layers": engine.num_layers, "deltas": []}
@@ -189,7 +190,8 @@ def policies(bench: Bench, confidence: Confidence, threshold: float, rest: Seque
         told[policy.value] = {**depth(bench, rest, early), "wall_clock_batch_8_against_deferred": ratio}
         one = told[policy.value]
         print(
-            f"  {policy.value}: accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, {ratio:.2f} times as fast as deferred at batch 8"
+            f"  {policy.value}: accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, "
+            f"{ratio:.2f} times as fast as deferred at batch 8"
         )
     return told
 
@@ -227,8 +229,8 @@ def main() -> None:
         stage = students(student)[name]
         answering = Answering.load(store.build(stage).folder, device="cuda" if torch.cuda.is_available() else "cpu")
         longest = answering.model.config.llmdistill["max_new_tokens"][PREDICT]  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
-        print(f"{name}: exits after layers {', '.join(map(str, read_exits(answering.model.config).layers))}", flush=True)  # pyright: ignore[reportOptionalMemberAccess]
         bench = Bench(answering, stage, rows[: arguments.max_rows], longest)
+        print(f"{name}: exits after layers {', '.join(map(str, bench.settings.layers))}", flush=True)
         thresholds = THRESHOLDS[:: arguments.every]
         figures[name] = measured(bench, arguments.confidences, arguments.deltas, thresholds, arguments.repeats)
         if arguments.out:

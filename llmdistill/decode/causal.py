@@ -143,8 +143,8 @@ class CausalBatch:
     def num_rows(self) -> int:
         return self.cache.num_rows
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Prefills new rows after the present ones; the token that each row's first step begins with."""
+    def admit(self, prompts: Sequence[Sequence[int]], thresholds: Sequence[float] = ()) -> list[int]:
+        """Prefills new rows after the present ones; the token that each row's first step begins with. Prompts go the whole depth, whatever the thresholds."""
         prefixes = [prompt[:-1] for prompt in prompts]
         lengths = [len(prefix) for prefix in prefixes]
         first_slot = self.cache.admit(lengths).start

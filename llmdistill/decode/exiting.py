@@ -75,11 +75,18 @@ class ExitingBatch:
         self.batch: Any = decoder.new_batch(1)
         self.waiting: list[list[int]] = [[] for _ in heads.settings.layers]  # of each exit and row: how many tokens
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Takes prompts into new rows after the present ones, at full depth; the token that each row's first step begins with."""
+    def admit(self, prompts: Sequence[Sequence[int]], thresholds: Sequence[float]) -> list[int]:
+        """Takes prompts into new rows after the present ones; the token that each row's first step begins with.
+
+        They go the whole depth, except where an encoder has exits and a prompt is surer there than its threshold."""
         for at_exit in self.waiting:
             at_exit += [0] * len(prompts)
-        return self.batch.admit(prompts)
+        return self.batch.admit(prompts, thresholds)
+
+    @property
+    def encoder_depths(self) -> Sequence[int]:
+        """How many layers of the encoder each row's prompt went through; nothing of a model without one."""
+        return getattr(self.batch, "encoder_depths", ())
 
     def rearrange(self, order: Sequence[int]) -> None:
         """Keeps the rows `order`, in that order."""

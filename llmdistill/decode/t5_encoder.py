@@ -3,7 +3,7 @@
 The arithmetic is that of transformers' T5Stack. Where it runs cheaper: q, k, v and the feed-forward as llmdistill.decode.modules says, the relative bias
 and the mask are joined once for all layers, and only where prompts differ in length is there a mask.
 
-Shapes: R rows, E encoder columns, M model width.
+Shapes: R rows, E encoder columns, N tokens of all rows, O those that go through a layer (skipped.py), M model width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
-from llmdistill.decode.skipped import SkippedResidual, layer_gate, open_tokens, put_back
+from llmdistill.decode.skipped import SkippedResidual, layer_gate, of_open, open_tokens, put_back
 from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
@@ -65,23 +65,25 @@ class T5Encoder:
         self.norm = modules.norm(stack.final_layer_norm)
 
     def __call__(self, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the decoder reads. hidden_R1E: minus infinity for what is padding; None where nothing is."""
+        return self.norm(self.layers(range(len(self.blocks)), hidden_REM, hidden_R1E, clamp))
+
+    def layers(self, indexes: range, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The states after these layers."""
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for gate, qkv, num_heads, add_output, add_feed_forward in self.blocks:
-            open_O = open_tokens(gate, hidden_REM.view(-1, hidden_REM.shape[-1]))
+        for gate, qkv, num_heads, add_output, add_feed_forward in self.blocks[indexes.start : indexes.stop]:
+            hidden_NM = hidden_REM.reshape(num_rows * num_columns, -1)
+            open_O = open_tokens(gate, hidden_NM)
             if open_O is not None and not len(open_O):
                 continue
             q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(hidden_REM))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
-            attended = attended.transpose(1, 2).reshape(num_rows, num_columns, -1)
-            if open_O is None:
-                hidden_REM = clamp(add_feed_forward(clamp(add_output(hidden_REM, attended))))
-                continue
-            hidden_NM = hidden_REM.view(-1, hidden_REM.shape[-1])
-            through_OM = clamp(add_feed_forward(clamp(add_output(hidden_NM[open_O], attended.flatten(0, 1)[open_O]))))
-            hidden_REM = put_back(hidden_NM, through_OM, open_O).view(hidden_REM.shape)
-        return self.norm(hidden_REM)
+            attended = attended.transpose(1, 2).reshape(num_rows * num_columns, -1)
+            through_OM = clamp(add_output(of_open(hidden_NM, open_O), of_open(attended, open_O)))
+            hidden_REM = put_back(hidden_NM, clamp(add_feed_forward(through_OM)), open_O).view(num_rows, num_columns, -1)
+        return hidden_REM
 
 
 EncoderBlock: TypeAlias = (

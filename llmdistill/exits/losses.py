@@ -40,6 +40,8 @@ class Curve:
     losses_Tn: Float[np.ndarray, "T n"]
     mean_layers_T: Sequence[float]
     """Decoder layers a token."""
+    mean_encoder_layers_T: Sequence[float]
+    """Encoder layers a row; 0 where none can leave early."""
     accuracy_T: Sequence[float | None]
     """None where no answers are known."""
     full_accuracy: float | None
@@ -62,12 +64,13 @@ def curve(
 
     knows = all(one is not None for one in gold)
     full = [read(row) for row in decode(1.0)]
-    losses, mean_layers, accuracies = [], [], []
+    losses, mean_layers, mean_encoder_layers, accuracies = [], [], [], []
     for threshold in thresholds:
         rows = decode(threshold)
         answers = [read(row) for row in rows]
         layers = [depth for row in rows for depth in row.layers]
         mean_layers.append(sum(layers) / max(1, len(layers)))
+        mean_encoder_layers.append(sum(row.encoder_layers for row in rows) / len(rows))
         accuracies.append(float(right_n(answers).mean()) if knows else None)
         if quality is Quality.CORRECT:
             losses.append(np.maximum(0.0, right_n(full) - right_n(answers)))
@@ -77,6 +80,7 @@ def curve(
         thresholds=tuple(thresholds),
         losses_Tn=np.array(losses),
         mean_layers_T=mean_layers,
+        mean_encoder_layers_T=mean_encoder_layers,
         accuracy_T=accuracies,
         full_accuracy=float(right_n(full).mean()) if knows else None,
     )

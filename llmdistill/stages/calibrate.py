@@ -128,6 +128,8 @@ class CalibrateExits(Stage[Checkpoint]):
             "mean_layers": round(first.mean_layers, 3),
             "mean_loss": round(first.mean_loss, 5),
         }
+        if settings.encoder_layers and first.threshold in found.thresholds:
+            figures["mean_encoder_layers"] = round(found.mean_encoder_layers_T[found.thresholds.index(first.threshold)], 3)
         for point in points[1:]:
             figures |= {f"threshold_at_{point.delta:g}": round(point.threshold, 6), f"mean_layers_at_{point.delta:g}": round(point.mean_layers, 3)}
         for point in points:
@@ -150,8 +152,10 @@ def _record(stage: CalibrateExits, found: Curve, points: Sequence[Point], model:
         "num_layers": len(stacks(model)[-1].layers),
         "full_accuracy": found.full_accuracy,
         "curve": [
-            {"threshold": threshold, "mean_loss": float(losses.mean()), "mean_layers": layers, "accuracy": accuracy}
-            for threshold, losses, layers, accuracy in zip(found.thresholds, found.losses_Tn, found.mean_layers_T, found.accuracy_T, strict=True)
+            {"threshold": threshold, "mean_loss": float(losses.mean()), "mean_layers": layers, "mean_encoder_layers": encoder, "accuracy": accuracy}
+            for threshold, losses, layers, encoder, accuracy in zip(
+                found.thresholds, found.losses_Tn, found.mean_layers_T, found.mean_encoder_layers_T, found.accuracy_T, strict=True
+            )
         ],
         "points": [{"delta": point.delta, "threshold": point.threshold, "mean_layers": point.mean_layers} for point in points],
     }

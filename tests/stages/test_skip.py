@@ -53,7 +53,8 @@ def refine(folder: Path, **settings: Any) -> RefineSkips:
 
 
 def gate(folder: Path, **settings: Any) -> GateChannels:
-    return GateChannels(**common(folder) | {"groups": 4, "kept": 2} | settings)
+    few: dict[str, Any] = {"groups": 4, "kept": 2}
+    return GateChannels(**common(folder) | few | settings)
 
 
 @pytest.mark.parametrize("make, technique", [(skip, "skip"), (skip_feed_forwards, "skip"), (refine, "refine skips"), (gate, "gate channels")])
