@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="*", default=["quickstart", "deep"], choices=["quickstart", "deep"])
     names = [SKIP, REFINED, "skip feed-forwards", "gate channels", "early exits", "drafts"]
     parser.add_argument("--techniques", nargs="*", default=names, choices=names)
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.05, 0.1], help="of what is computed, in the losses of skipping")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.02, 0.05], help="of what is computed, in the losses of skipping")
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--margin", type=float, default=0.01, help="how much less accurate on the validation rows still is of equal quality")
     parser.add_argument("--repeats", type=int, default=200, help="answers at batch 1; fewer batches of more")
