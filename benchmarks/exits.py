@@ -4,8 +4,9 @@
     python benchmarks/exits.py
 
 Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and
-on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student. The 639 validation and test rows, which nothing was trained on,
-are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is measured on the others.
+on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student, also in its encoder. The 639 validation and test rows, which
+nothing was trained on, are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is
+measured on the others.
 
     mean layers, accuracy   on the measured rows, full depth beside each delta
     wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians
@@ -72,6 +73,9 @@ def students(student: Distil) -> dict[str, TrainExits]:
         "deep": TrainExits(name="deep_exits", checkpoint=deep, settings=short, layers=(2, 4, 6, 9), **common),
         "deep, jointly": TrainExits(
             name="deep_joint_exits", checkpoint=deep, settings=joint, layers=(2, 4, 6, 9), trains=Trains.WHOLE, layer_dropout=0.1, **common
+        ),
+        "deep, encoder too": TrainExits(
+            name="deep_encoder_exits", checkpoint=deep, settings=joint, layers=(2, 4, 6, 9), encoder_layers=(3, 6, 9), adapter_rank=16, **common
         ),
         "smollm2": TrainExits(
             name="smollm2_exits", checkpoint=smollm2, settings=replace(short, duration=Epochs(1), batch_size=16), layers=(8, 15, 22), adapter_rank=32, **common
@@ -154,6 +158,7 @@ def measured(bench: Bench, confidences: Sequence[Confidence], deltas: Sequence[f
         ratios = ", ".join(f"{clock['ratio']:.2f} at batch {size} (full {clock['full_ms']:.1f} ms)" for size, clock in one["wall_clock"].items())
         print(
             f"  delta {delta:g}: threshold {threshold:.4g}, accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, "
+            f"{one['mean_encoder_layers']:.2f} of the encoder, "
             f"violations {100 * share:.1f}%; wall clock {ratios}",
             flush=True,
         )
@@ -198,7 +203,8 @@ def policies(bench: Bench, confidence: Confidence, threshold: float, rest: Seque
 
 def depth(bench: Bench, rest: Sequence[int], rows: Sequence[Generated]) -> dict[str, float]:
     layers = [number for row in rows for number in row.layers]
-    return {"accuracy": accuracy(bench, rest, rows), "mean_layers": sum(layers) / len(layers)}
+    encoder_layers = sum(row.encoder_layers for row in rows) / len(rows)
+    return {"accuracy": accuracy(bench, rest, rows), "mean_layers": sum(layers) / len(layers), "mean_encoder_layers": encoder_layers}
 
 
 def accuracy(bench: Bench, rest: Sequence[int], rows: Sequence[Generated]) -> float:
@@ -212,7 +218,8 @@ def tokens(rows: Sequence[Generated]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("runs/store"), help="where the quickstart's stages are")
-    parser.add_argument("--students", nargs="+", default=["quickstart", "deep", "deep, jointly"], choices=["quickstart", "deep", "deep, jointly", "smollm2"])
+    names = ["quickstart", "deep", "deep, jointly", "deep, encoder too", "smollm2"]
+    parser.add_argument("--students", nargs="+", default=names[:-1], choices=names)
     parser.add_argument("--confidences", nargs="+", type=Confidence, default=[Confidence.TOP1, Confidence.GATE])
     parser.add_argument("--deltas", nargs="+", type=float, default=[0.01, 0.02])
     parser.add_argument("--every", type=int, default=1, help="take every n-th threshold of the grid")

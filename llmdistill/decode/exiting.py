@@ -137,20 +137,20 @@ class ExitingBatch:
         """The states after these layers, and where the measure wants them, those of the newest tokens before the last of them."""
         batch, before_RM = self.batch, None
         is_propagated = self.heads.settings.policy is Policy.PROPAGATED and part.num_queries > 1
-        whole = view if part.is_plain else batch.look_at(part, view)
         newest = part.newest() if is_propagated else part
-        view_of_newest = batch.look_at(newest, view) if is_propagated else whole
+        own = view if part.is_plain else batch.look_at(newest, view)
+        for_keys = batch.look_for_keys(part, view) if is_propagated else own
         for index in indexes:
             if self.heads.measure.needs_before and index == indexes[-1]:
                 before_RM = part.of_newest(hidden_NM).clone()
             if part.is_plain:
-                hidden_NM = batch.layer(index, hidden_NM, whole)
+                hidden_NM = batch.layer(index, hidden_NM, own)
                 continue
-            queries = batch.write(index, hidden_NM, part, whole)
+            queries = batch.write(index, hidden_NM, part, for_keys)
             if is_propagated:
-                hidden_NM[part.newest_R] = batch.read(index, part.of_newest(hidden_NM), part.of_newest(queries), newest, view_of_newest)
+                hidden_NM[part.newest_R] = batch.read(index, part.of_newest(hidden_NM), part.of_newest(queries), newest, own)
             else:
-                hidden_NM = batch.read(index, hidden_NM, queries, part, whole)
+                hidden_NM = batch.read(index, hidden_NM, queries, part, own)
         return hidden_NM, before_RM
 
     def _leave(self, place: int, newest_RM: Tensor, before_RM: Tensor | None, rows: Sequence[int], rules: Sequence[Rule]) -> tuple[list[bool], Said | None]:

@@ -201,6 +201,10 @@ class T5Batch:
         cross = [tuple(None if x is None else _of_rows(x, part) for x in of_layer) for of_layer in view.cross]
         return View(window=view.window, bias=bias.reshape(num_rows * num_heads, num_queries, num_columns), cross=cross)  # pyright: ignore[reportArgumentType]
 
+    def look_for_keys(self, part: Part, view: View) -> View:
+        """What is enough for `write`."""
+        return view
+
     def write(self, index: int, hidden_NM: Tensor, part: Part, view: View) -> Tensor:
         """Layer `index` begins for a part: its keys and values are kept, its queries are the result."""
         block = self.decoder.blocks[index]
