@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_compress import compress, logits
 from test_elastic import elastic
+from test_train_exits import deep_student
 from tiny_task import rationales
 from transformers import AutoModelForSeq2SeqLM
 
@@ -23,8 +24,10 @@ from llmdistill.models import checkpoint
 from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
 from llmdistill.models.deciding import deciding
 from llmdistill.models.skipping import skipped
+from llmdistill.stages.calibrate import CalibrateExits
 from llmdistill.stages.compress import Compress
 from llmdistill.stages.evaluate import Evaluate
+from llmdistill.stages.exits import TrainExits
 from llmdistill.stages.skip import GateChannels, RefineSkips, SkipLayers, Unit, Where
 from llmdistill.train_settings import Best, Steps, TrainSettings
 
@@ -117,6 +120,22 @@ def test_what_decides_is_compressed_as_any(make: Any, tmp_path: Path) -> None:
     assert len(deciding(model)) == 2
     [answer] = Engine(model).generate([[5, 6, 7, 1]], Decoding(max_new_tokens=4))
     assert len(answer.tokens) <= 4
+
+
+@pytest.mark.parametrize("make", [skip, skip_feed_forwards, gate])
+def test_exits_integers_and_calibration_may_follow(make: Any, tmp_path: Path) -> None:
+    common(tmp_path)  # writes the student whose tokenizer the deep one has
+    stage, store = make(tmp_path, checkpoint=deep_student(tmp_path)), Store(tmp_path / "store")
+    exits = TrainExits(checkpoint=stage, task=stage.task, rationales=stage.rationales, loss=stage.loss, settings=SHORT, num_exits=2)
+    few: Any = {"num_calibration_rows": 12, "num_held_out_rows": 6}
+    int8 = Compress(checkpoint=exits, methods=(Int8(),), task=stage.task, rationales=stage.rationales, **few)
+    built = store.build(CalibrateExits(checkpoint=int8, task=stage.task, deltas=(0.5,), split="test"))
+    assert len(deciding(checkpoint.load(built.folder)[0])) == 5
+    assert [entry["technique"] for entry in built.lineage()][1:] == [stage_technique(stage), "exits", "compress", "calibrate exits"]
+
+
+def stage_technique(stage: Any) -> str:
+    return "gate channels" if isinstance(stage, GateChannels) else "skip"
 
 
 def test_a_build_that_was_killed_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
