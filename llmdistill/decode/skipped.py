@@ -64,7 +64,7 @@ class SkippedResidual:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         width = hidden.shape[-1]
-        normed_NM = self.norm(hidden).view(-1, width)
+        normed_NM = self.norm(hidden).reshape(-1, width)
         open_O = open_tokens(self.is_open, normed_NM)
         if open_O is not None and not len(open_O):
             return hidden
