@@ -14,8 +14,9 @@ from it at several settings, with the student as it was as the teacher, and with
 
 Of a technique's settings the table shows the one that does the least work while its accuracy on the validation rows is at most --margin below the plain
 student's, or, marked, the most accurate one where none is. Accuracy is then that on the 412 test rows. Wall clock is that of whole answers at batch 1 and 8
-(encoder, decoder, the tokens that the student itself says), as a share of the plain student's: all sides take the same rows in turn, in one process, medians
-of repeats. Work is the share of multiplications with weights (losses/work.py) on the validation rows, layers those that a decoder token goes through.
+(encoder, decoder, the tokens that the student itself says), as a share of the plain student's: all sides take the same rows in turn, in one process; medians
+of repeats, and beside them the fastest tenth, which a busy machine changes less. Work is the share of multiplications with weights (losses/work.py) on the
+validation rows, layers those that a decoder token goes through.
 
 The second part is time alone: a T5 of T5-small's shape with random weights, and random gates that are open for about given shares of the tokens.
 """
@@ -163,8 +164,20 @@ def chosen(sides: Sequence[Side], least: float) -> tuple[Side, bool]:
     return max(sides, key=lambda side: side.accuracy("validation")), False
 
 
-def interleaved(work: Mapping[str, Callable[[int], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; all do number n before any does number n + 1, the first to go by turns."""
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of one piece of work, over its repeats."""
+
+    median: float
+    fastest_tenth: float
+
+    def share_of(self, other: Clock) -> dict[str, float]:
+        """Of another's time."""
+        return {"median": self.median / other.median, "fastest_tenth": self.fastest_tenth / other.fastest_tenth}
+
+
+def interleaved(work: Mapping[str, Callable[[int], object]], repeats: int) -> dict[str, Clock]:
+    """All do number n before any does number n + 1, the first to go by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     names = list(work)
     for number in range(-1, repeats):
@@ -174,11 +187,11 @@ def interleaved(work: Mapping[str, Callable[[int], object]], repeats: int) -> di
             work[name](max(number, 0))
             if number >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(of_name) for name, of_name in seconds.items()}
+    return {name: Clock(statistics.median(of_name), statistics.quantiles(of_name, n=10, method="inclusive")[0]) for name, of_name in seconds.items()}
 
 
-def wall_clock(sides: Mapping[str, Side], size: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of whole answers of so many rows at once."""
+def wall_clock(sides: Mapping[str, Side], size: int, repeats: int) -> dict[str, Clock]:
+    """Of whole answers of so many rows at once."""
     prompts = {name: side.prompts("test") for name, side in sides.items()}
 
     def answer(name: str, number: int) -> list[Generated]:
@@ -186,8 +199,7 @@ def wall_clock(sides: Mapping[str, Side], size: int, repeats: int) -> dict[str, 
         batch = [of_side[(number * size + place) % len(of_side)] for place in range(size)]
         return sides[name].engine.generate(batch, sides[name].decoding)
 
-    seconds = interleaved({name: partial(answer, name) for name in sides}, repeats)
-    return {name: 1000 * one for name, one in seconds.items()}
+    return interleaved({name: partial(answer, name) for name in sides}, repeats)
 
 
 def table(store: Store, student: Distil, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,11 +213,11 @@ def table(store: Store, student: Distil, arguments: argparse.Namespace) -> dict[
         for setting in settings:
             sides.append(Side(store, setting, student))
             side = sides[-1]
-            told = {"technique": technique, "setting": setting.name, "work": side.work, "layers": side.layers}
-            told |= {split: side.accuracy(split) for split in side.rows}
-            figures["settings"].append(told)
+            found = {"technique": technique, "setting": setting.name, "work": side.work, "layers": side.layers}
+            found |= {split: side.accuracy(split) for split in side.rows}
+            figures["settings"].append(found)
             print(
-                f"  {technique}, {setting.name}: validation {100 * told['validation']:.1f}%, test {100 * told['test']:.1f}%, work {side.work:.2f}, "
+                f"  {technique}, {setting.name}: validation {100 * found['validation']:.1f}%, test {100 * found['test']:.1f}%, work {side.work:.2f}, "
                 f"{side.layers:.2f} decoder layers",
                 flush=True,
             )
@@ -220,16 +232,21 @@ def table(store: Store, student: Distil, arguments: argparse.Namespace) -> dict[
     clocks = {size: wall_clock(shown, size, max(8, arguments.repeats // size)) for size in BATCH_SIZES}
     for technique, side in shown.items():
         row: dict[str, Any] = {"technique": technique, "setting": side.setting.name, "equal_quality": is_equal[technique]}
-        row |= {f"wall_clock_batch_{size}": clock[technique] / clock[PLAIN] for size, clock in clocks.items()}
-        row |= {"milliseconds_batch_1": clocks[1][technique], "work": side.work, "decoder_layers": side.layers, "accuracy": side.accuracy("test")}
+        row |= {f"wall_clock_batch_{size}": clock[technique].share_of(clock[PLAIN]) for size, clock in clocks.items()}
+        row |= {"milliseconds_batch_1": 1000 * clocks[1][technique].median, "work": side.work, "decoder_layers": side.layers, "accuracy": side.accuracy("test")}
         figures["table"].append(row)
-        times = ", ".join(f"{row[f'wall_clock_batch_{size}']:.2f} at batch {size}" for size in BATCH_SIZES)
+        times = ", ".join(f"{told(row[f'wall_clock_batch_{size}'])} at batch {size}" for size in BATCH_SIZES)
         print(
             f"  {technique:18} {side.setting.name:22} wall clock {times} ({row['milliseconds_batch_1']:.1f} ms), {side.layers:5.2f} layers, "
             f"work {side.work:.2f}, accuracy {100 * row['accuracy']:.1f}%{'' if is_equal[technique] else ' (not of equal quality)'}",
             flush=True,
         )
     return figures
+
+
+def told(share: Mapping[str, float]) -> str:
+    """The median, and the fastest tenth."""
+    return f"{share['median']:.2f} ({share['fastest_tenth']:.2f})"
 
 
 def t5_small() -> Any:
@@ -268,9 +285,9 @@ def at_size(repeats: int) -> dict[str, Any]:
         engines = {name: Engine(model, max_batch_rows=size) for name, model in models.items()}
         work = {name: partial(_generate, engine, prompts) for name, engine in engines.items()}
         seconds = interleaved(work, max(5, repeats // (4 * size)))
-        figures[f"batch_{size}"] = {name: one / seconds[PLAIN] for name, one in seconds.items()}
-        told = "; ".join(f"{name} {ratio:.2f}" for name, ratio in figures[f"batch_{size}"].items() if name != PLAIN)
-        print(f"  batch {size} (plain {1000 * seconds[PLAIN]:.1f} ms): {told}", flush=True)
+        figures[f"batch_{size}"] = {name: one.share_of(seconds[PLAIN]) for name, one in seconds.items()}
+        shares = "; ".join(f"{name} {told(share)}" for name, share in figures[f"batch_{size}"].items() if name != PLAIN)
+        print(f"  batch {size} (plain {1000 * seconds[PLAIN].median:.1f} ms): {shares}", flush=True)
     return figures
 
 
@@ -288,6 +305,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--margin", type=float, default=0.01, help="how much less accurate on the validation rows still is of equal quality")
     parser.add_argument("--repeats", type=int, default=200, help="answers at batch 1; fewer batches of more")
+    parser.add_argument("--no-size", action="store_true", help="leave the second part out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the figures")
     arguments = parser.parse_args()
@@ -300,8 +318,9 @@ def main() -> None:
     for name in arguments.students:
         print(name, flush=True)
         figures[name] = table(store, students[name], arguments)
-    print("T5-small's shape, random weights: wall clock as a share of plain", flush=True)
-    figures["t5_small"] = at_size(arguments.repeats)
+    if not arguments.no_size:
+        print("T5-small's shape, random weights: wall clock as a share of plain", flush=True)
+        figures["t5_small"] = at_size(arguments.repeats)
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ from transformers_reference import assert_same, beams, generate
 
 from llmdistill.decode.decoding import Decoding
 from llmdistill.decode.engine import Engine
-from llmdistill.decode.skipped import SkippedResidual
+from llmdistill.decode.skipped import NormedGate, SkippedResidual, layer_gate
 from llmdistill.models import channel_gated_feed_forward
 from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
 from llmdistill.models.exit_settings import ExitSettings
@@ -152,3 +152,18 @@ def test_in_bfloat16_it_runs(kind: str, make: Any) -> None:
     model = make(kind, 1, dtype=torch.bfloat16)
     [one] = Engine(model).generate([[5, 6, 7]], Decoding(max_new_tokens=5))
     assert len(one.tokens) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_and_gate_at_once_decide_alike(kind: str) -> None:
+    model = skipping_layers(kind, 1, dtype=torch.float32)
+    modules: list[Any] = list(skipped(model).values())
+    for module in modules:
+        nn.init.normal_(module.gate.bias)
+        gate = layer_gate(module)
+        assert isinstance(gate, NormedGate)
+        hidden_NM = torch.randn(200, module.width) * torch.rand(200, 1) * 3
+        logits_N = module.logits(module.first_norm(hidden_NM))
+        sure_N = logits_N.abs() > 1e-4
+        assert torch.equal(gate(hidden_NM)[sure_N], (logits_N >= 0)[sure_N])
+        assert 0 < gate(hidden_NM).sum() < 200
