@@ -38,7 +38,8 @@ from llmdistill.core.store import Store
 from llmdistill.decode.decoding import Decoding, Generated
 from llmdistill.decode.engine import Engine
 from llmdistill.exits.guarantee import THRESHOLDS, last_safe, threshold_at, violations
-from llmdistill.exits.losses import Curve, Quality, curve
+from llmdistill.exits.losses import Curve, curve
+from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.exit_settings import Confidence, Policy, read_exits
 from llmdistill.models.exits import keep_settings

@@ -19,7 +19,7 @@ from llmdistill.compress.int8 import Int8
 from llmdistill.core.artifacts import Checkpoint, Report
 from llmdistill.core.pipeline import main
 from llmdistill.core.stage import Stage
-from llmdistill.exits.losses import Quality
+from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.exit_settings import Confidence, Policy
 from llmdistill.models.student import Pretrained
