@@ -86,6 +86,7 @@ def build_app(model: ServedModel, settings: ServeSettings) -> Gate:
     desk = Desk(model, scheduler, controller, settings, metrics)
     app = FastAPI(openapi_url=None, lifespan=desk.lifespan)
     gate = Gate(app, scheduler=scheduler, settings=settings, metrics=metrics)
+    app.add_api_route("/", desk.playground, methods=["GET"])
     app.add_api_route("/v1/completions", desk.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", desk.chat, methods=["POST"])
     app.add_api_route("/v1/predict", desk.predict, methods=["POST"])

@@ -21,6 +21,7 @@ from llmdistill.serve.controller import Controller
 from llmdistill.serve.errors import ServeError, json_response
 from llmdistill.serve.generation import Generation, Generator, Wish, fresh_seed
 from llmdistill.serve.metrics import Metrics
+from llmdistill.serve.playground import playground
 from llmdistill.serve.scheduler import Deliver, Event, Piece, Scheduler
 from llmdistill.serve.served_model import ServedModel
 from llmdistill.serve.settings import ServeSettings
@@ -38,6 +39,7 @@ class Desk:
         self._scheduler = scheduler
         self._settings = settings
         self._metrics = metrics
+        self._playground = playground()
         self._generator = Generator(model, scheduler, controller, settings)
 
     @asynccontextmanager
@@ -99,6 +101,10 @@ class Desk:
         if body.rationale:
             data["rationale"] = pieces[1].text.strip()
         return json_response(data | {"usage": generation.usage(pieces).data(), "llmdistill": generation.made_by(pieces)})
+
+    async def playground(self) -> Response:
+        """GET /"""
+        return self._playground
 
     async def models(self) -> Response:
         """GET /v1/models"""

@@ -18,7 +18,7 @@ from llmdistill.serve.scheduler import Scheduler
 from llmdistill.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/")
 WORK_PATHS = PATHS[:3]
 CLIENT_GONE = "499"  # as nginx counts it
 

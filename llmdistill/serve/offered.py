@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llmdistill.core.artifacts import SEARCH, read_json
 from llmdistill.models.exit_settings import NEVER, Calibration, Point
 from llmdistill.serve.engines import PlacedDecoding
-from llmdistill.serve.pace import Pace, measure
+from llmdistill.serve.pace import Stopwatch, run
 from llmdistill.serve.points import LARGEST, OperatingPoint, Points, with_exits
 
 if TYPE_CHECKING:
@@ -81,27 +81,34 @@ def measure_points(
     found: Sequence[Offered], make_engines: Callable[[Mapping[str, PreTrainedModel]], BatchEngine], *, num_positions: int, max_rows: int
 ) -> Points:
     """The points of the sub-networks; each is timed alone, at full depth and where all tokens leave at the first exit."""
-    points: list[OperatingPoint] = []
+
+    def watch(one: Offered, engine: BatchEngine, threshold: float) -> Stopwatch:
+        decoding = partial(PlacedDecoding, subnet=one.subnet, exit_threshold=threshold, stop_token_ids=())
+        vocabulary_size = int(one.model.config.vocab_size)
+        return Stopwatch(engine, lambda num: decoding(max_new_tokens=num), vocabulary_size=vocabulary_size, num_positions=num_positions, max_rows=max_rows)
+
+    whole, early, calibrated = {}, {}, {one.subnet: _calibrated(one.model) for one in found}
     for one in found:
         engine = make_engines({one.subnet: one.model})
-
-        def timed(threshold: float, engine: BatchEngine = engine, one: Offered = one) -> tuple[Pace, float]:
-            decoding = partial(PlacedDecoding, subnet=one.subnet, exit_threshold=threshold, stop_token_ids=())
-            return measure(
-                engine, lambda num: decoding(max_new_tokens=num), vocabulary_size=one.model.config.vocab_size, num_positions=num_positions, max_rows=max_rows
-            )
-
-        pace, num_layers = timed(NEVER)
+        whole[one.subnet] = watch(one, engine, NEVER)
+        if calibrated[one.subnet]:
+            early[one.subnet] = watch(one, engine, ALWAYS_LEAVES)
+    run([*whole.values(), *early.values()])
+    points: list[OperatingPoint] = []
+    for one in found:
         point = OperatingPoint(
             subnet=one.subnet,
             names=one.names,
-            num_layers=round(num_layers),
+            num_layers=round(whole[one.subnet].mean_layers),
             weight_bytes=sum({tensor.data_ptr(): tensor.nbytes for tensor in one.model.state_dict().values()}.values()),  # a tied one once
             accuracy=one.accuracy,
-            pace=pace,
+            pace=whole[one.subnet].pace,
         )
-        calibrated = _calibrated(one.model)
-        points += with_exits(point, timed(ALWAYS_LEAVES), calibrated) if calibrated else [point]
+        if one.subnet in early:
+            first = early[one.subnet]
+            points += with_exits(point, (first.pace, first.mean_layers), calibrated[one.subnet])
+        else:
+            points.append(point)
     return Points(points)
 
 

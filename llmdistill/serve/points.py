@@ -56,7 +56,7 @@ class OperatingPoint:
         return {
             "subnet": self.subnet,
             "names": list(self.names),
-            "exit_risk": self.exit_risk,
+            "exit_risk": self.exit_risk if self.has_calibration else None,
             "exit_threshold": self.exit_threshold,
             "num_layers": self.num_layers,
             "weight_bytes": self.weight_bytes,
