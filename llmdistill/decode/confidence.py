@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.nn.functional as F
 
@@ -25,7 +25,9 @@ from llmdistill.models.exit_settings import NEVER, Confidence
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor, nn
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Seen:
     normed_ND: Tensor | None = None
     """What the exit's gate and head read."""
     logits_NK: Tensor | None = None
-    gate: nn.Module | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
 
 
 def top1_N(seen: Seen) -> Float[Tensor, " N"]:
@@ -61,8 +63,7 @@ def saturation_N(seen: Seen) -> Float[Tensor, " N"]:
 
 
 def gate_N(seen: Seen) -> Float[Tensor, " N"]:
-    gate = _given(seen.gate, "a gate")
-    return gate(_given(seen.normed_ND, "normed states"))[:, 0].float().sigmoid()
+    return _given(seen.gate, "a gate")(_given(seen.normed_ND, "normed states"))[:, 0].float().sigmoid()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,6 @@ def decayed(threshold: float, decay: float, num_tokens: int, max_tokens: int) ->
     return min(1.0, 0.9 * threshold + 0.1 * math.exp(-decay * num_tokens / max_tokens))
 
 
-def _given(value: Tensor | None, what: str) -> Tensor:
+def _given(value: T | None, what: str) -> T:
     assert value is not None, f"this confidence needs {what}"
     return value

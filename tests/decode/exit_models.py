@@ -24,7 +24,7 @@ LAYERS = {"t5 v1.0": {"num_layers": 6, "num_decoder_layers": 6}, "t5 v1.1": {"nu
 
 def exiting_model(kind: str, seed: int, *, layers: Sequence[int] = (1, 3, 4), dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """Six layers, exits with norms, adapters and gates of random numbers."""
-    model = random_model(kind, seed, dtype=dtype, **LAYERS.get(kind, {"num_hidden_layers": 6}))
+    model: Any = random_model(kind, seed, dtype=dtype, **LAYERS.get(kind, {"num_hidden_layers": 6}))
     confidence = settings.get("confidence", Confidence.TOP1)
     vocabulary = list(range(1, model.config.vocab_size, 2))[: settings.get("num_vocabulary", 0)]
     exits = add_exits(

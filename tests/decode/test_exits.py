@@ -158,7 +158,8 @@ def test_confidences_are_from_0_to_1_and_order_a_sure_distribution_above_an_unsu
     for confidence in (Confidence.TOP1, Confidence.GAP, Confidence.ENTROPY):
         values = MEASURES[confidence].confidence_N(Seen(state_ND=torch.zeros(4, 2), logits_NK=logits))
         assert ((values >= 0) & (values <= 1)).all()
-        assert values[3] == 1 and values[0] > values[1] > values[2] - 1e-6
+        assert values[3] == 1
+        assert values[0] > values[1] > values[2] - 1e-6
     states = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
     saturation = MEASURES[Confidence.SATURATION].confidence_N(Seen(state_ND=states, before_ND=torch.tensor([[2.0, 0.0]]).expand(3, -1)))
     assert saturation.tolist() == pytest.approx([1.0, 0.0, 0.0])
@@ -166,7 +167,8 @@ def test_confidences_are_from_0_to_1_and_order_a_sure_distribution_above_an_unsu
 
 def test_a_threshold_falls_along_the_answer_and_never_stays_never() -> None:
     along = [decayed(0.5, 4.0, step, 10) for step in range(10)]
-    assert along == sorted(along, reverse=True) and along[0] == pytest.approx(0.55)
+    assert along == sorted(along, reverse=True)
+    assert along[0] == pytest.approx(0.55)
     assert {decayed(1.0, 4.0, step, 10) for step in range(10)} == {1.0}
     assert {decayed(0.5, 0.0, step, 10) for step in range(10)} == {0.5}
 
