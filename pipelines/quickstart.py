@@ -12,7 +12,7 @@ It is also made elastic: trained on, so that its first neurons, heads, channels 
 and the best one of at most 4 MB becomes a checkpoint of its own.
 
 What is served in the end is all of it at once: the elastic student's largest sub-network gets an exit after its decoder's first layer, is made int8 and
-trained again for a while with the rounding, and a threshold is found at which tokens may leave early and, with probability 0.95, at most five points of
+trained again for a while with the rounding, and a threshold is found at which tokens may leave early and, with probability 0.95, at most two points of
 accuracy are lost.
 
 The messages come with their true intents, and those of the train rows are used for one thing: what the teacher got wrong is refused and not taught
@@ -72,7 +72,7 @@ def pipeline(
     elastic_epochs: float = 12,
     elastic_limits: tuple[str, ...] = ("weight_bytes<=4e6",),
     exit_epochs: float = 6,
-    delta: float = 0.05,
+    delta: float = 0.02,
     seed: int = 0,
 ) -> Stage[Report]:
     """Tickets, from a teacher's rationales to two students, a compressed one, an elastic one, one that is served, and a report.
