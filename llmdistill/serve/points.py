@@ -111,7 +111,7 @@ class Points:
         """Of each sub-network with calibrated exits, the point of the largest risk that is allowed."""
         allowed = [point for point in self.all if point.has_calibration and point.exit_risk <= exit_risk]
         if not allowed:
-            message = "the exits of this checkpoint are not calibrated, or it has none; add them and calibrate them with the stages exits and calibrate"
+            message = "this checkpoint has no calibrated exits; `llmdistill run dynamic --checkpoint FOLDER` trains some and calibrates them"
             raise ServeError(400, message, param="llmdistill.exit_risk", code="no_calibrated_exits")
         most = {point.subnet: max(one.exit_risk for one in allowed if one.subnet == point.subnet) for point in allowed}
         return [point for point in allowed if point.exit_risk == most[point.subnet]]

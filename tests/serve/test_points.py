@@ -79,7 +79,7 @@ def test_an_exit_risk_is_the_largest_calibrated_one_that_is_allowed(risk: float,
 
 
 def test_a_risk_without_calibrated_exits_says_how_to_calibrate() -> None:
-    with pytest.raises(ServeError, match="stages exits and calibrate") as raised:
+    with pytest.raises(ServeError, match="`llmdistill run dynamic --checkpoint FOLDER` trains some and calibrates them") as raised:
         ELASTIC.choose(Budget(exit_risk=0.1), latency)
     assert raised.value.status == 400
     with pytest.raises(ServeError, match=r"no sub-network 'depth=1' for this request; of those in /v1/models it may be largest$"):
