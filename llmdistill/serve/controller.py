@@ -1,9 +1,9 @@
 """Keeps the 95th percentile of latencies under a target by moving along the front, one step at a time.
 
-Latencies are counted in windows. Once so many of a window are over the target that its p95 must be, the next request is answered one step cheaper. When p95
-is well under the target the controller tries one step better. A try that fails is what makes a controller swing: at one step all is idle, at the next
-the queue grows, and half of the requests are late. So each try that fails doubles the number of windows that must be well under before the next, and
-one that holds for a window makes it 1 again.
+A latency is the time from a request's arrival to the last token of one of its rows. They are counted in windows. Once so many of a window are over the target
+that its p95 must be, the next request is answered one step cheaper. When p95 is well under the target the controller tries one step better. A try that fails is
+what makes a controller swing: at one step all is idle, at the next the queue grows, and half of the requests are late. So each try that fails doubles the
+number of windows that must be well under before the next, and one that holds for a window makes it 1 again.
 
 A request counts at the step at which it got its place; those that got theirs before the last move say nothing about the present step and are left out. What the
 controller does depends on the latencies that it is told, in their order, and on nothing else. With an infinite target it stays at the best point.

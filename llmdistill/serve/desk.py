@@ -19,6 +19,7 @@ from llmdistill.serve.bodies import NO_BUDGET, ChatBody, CompletionBody, Generat
 from llmdistill.serve.connection import EventStream, read_body, unless_disconnected
 from llmdistill.serve.controller import Controller
 from llmdistill.serve.errors import ServeError, json_response
+from llmdistill.serve.gate import ARRIVED
 from llmdistill.serve.generation import Generation, Generator, Wish, fresh_seed
 from llmdistill.serve.metrics import Metrics
 from llmdistill.serve.playground import playground
@@ -65,7 +66,8 @@ class Desk:
         self._generator.check_num_rows(len(body.prompt) * wish.num_choices)
         prompts = [await self._generator.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
         answer = TextAnswer(model=self._model.name, num_choices=len(prompts) * wish.num_choices, include_usage=_include_usage(body))
-        return await self._answer(request, self._generator.start(prompts, [wish] * len(prompts), body.llmdistill or NO_BUDGET), answer, wish)
+        generation = self._generator.start(prompts, [wish] * len(prompts), body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
+        return await self._answer(request, generation, answer, wish)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -74,7 +76,8 @@ class Desk:
         self._generator.check_num_rows(wish.num_choices)
         prompt = await self._generator.encode_chat([{"role": message.role, "content": message.content} for message in body.messages])
         answer = ChatAnswer(model=self._model.name, num_choices=wish.num_choices, include_usage=_include_usage(body))
-        return await self._answer(request, self._generator.start([prompt], [wish], body.llmdistill or NO_BUDGET), answer, wish)
+        generation = self._generator.start([prompt], [wish], body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
+        return await self._answer(request, generation, answer, wish)
 
     async def predict(self, request: Request) -> Response:
         """POST /v1/predict: {"fields": {...}} or {"input": "..."}, and "rationale": true for the reasons."""
@@ -85,7 +88,7 @@ class Desk:
         prompts = [await self._generator.encode(task.prompt(kind, text)) for kind in limits]
         starts = task.prompts.decoder_start_token_ids
         wishes = [Wish(max_new_tokens=limit, may_be_fewer=True, start_token=starts.get(kind), kind=kind) for kind, limit in limits.items()]
-        generation = self._generator.start(prompts, wishes, body.llmdistill or NO_BUDGET)
+        generation = self._generator.start(prompts, wishes, body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
         pieces = await self._whole(request, generation)
         for kind, piece in zip(limits, pieces, strict=True):
             self._generator.forecast.saw(kind, piece.num_tokens)

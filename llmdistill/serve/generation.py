@@ -165,7 +165,7 @@ class Generator:
         if num_rows > self._settings.max_queue_rows:
             raise ServeError(400, f"The request asks for {num_rows} answers at once; this server takes at most {self._settings.max_queue_rows}", param="n")
 
-    def start(self, prompts: Sequence[list[int]], wishes: Sequence[Wish], budget: Budget) -> Generation:
+    def start(self, prompts: Sequence[list[int]], wishes: Sequence[Wish], budget: Budget, *, arrived: float) -> Generation:
         """Checks each prompt against its wish and all against the budget, and queues all rows, or raises and queues none."""
         settings = self._settings
         wishes = [self._within_limits(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
@@ -187,6 +187,7 @@ class Generator:
                     stream=wish.stream,
                     shows_tokens=budget.tokens,
                     deliver=generation.deliver,
+                    arrived=arrived,
                     submitted=submitted,
                 )
                 rows.append(row)

@@ -98,6 +98,7 @@ class Row:
     stream: bool
     shows_tokens: bool = False
     deliver: Deliver
+    arrived: float  # when its request came to the door
     submitted: float = field(default_factory=time.monotonic)
     started: bool = False
     cancelled: bool = False
@@ -325,7 +326,7 @@ class Scheduler:
         )
         self._outbox.append((row.deliver, piece))
         now = time.monotonic()
-        self._controller.observe(row.assignment.decided.epoch, 1000 * (now - row.submitted))
+        self._controller.observe(row.assignment.decided.epoch, 1000 * (now - row.arrived))
         self._metrics.controller_position.set(self._controller.position)
         self._metrics.layers_per_token.observe(row.num_layers / len(row.tokens))
         self._metrics.rows.labels(finish_reason).inc()

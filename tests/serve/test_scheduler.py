@@ -42,6 +42,7 @@ class Client:
             live=stream or bool(stop),
             stream=stream,
             deliver=self.deliver,
+            arrived=0.0,
         )
 
     def deliver(self, event: Event) -> None:
