@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 NUM_WORDS = {"t5-small": 32_000, "tiny": 200}
@@ -110,9 +111,21 @@ def serve_ours(folder: Path) -> None:
     serve(folder, port=0, settings=ServeSettings(model_name="model", max_queue_rows=100_000, max_open_requests=100_000))
 
 
+class ServerProcess(NamedTuple):
+    """A server that runs, and its address."""
+
+    url: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """That it has used so far (Linux), which other work on the machine adds little to."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def server_process(side: str, folder: Path, num_threads: int, *, script: str = __file__, options: Sequence[str] = ()) -> Iterator[str]:
-    """Runs a script as a server; its address."""
+def server_process(side: str, folder: Path, num_threads: int, *, script: str = __file__, options: Sequence[str] = ()) -> Iterator[ServerProcess]:
+    """Runs a script as a server."""
     command = [sys.executable, script, "--side", side, "--folder", str(folder), "--threads", str(num_threads), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -120,7 +133,7 @@ def server_process(side: str, folder: Path, num_threads: int, *, script: str = _
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"the {side} server did not start")
-        yield line.split()[-1]
+        yield ServerProcess(line.split()[-1], process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -209,13 +222,14 @@ def main() -> None:
         folder = Path(temporary) / "model"
         make_checkpoint(arguments.size, folder)
         with server_process("plain", folder, arguments.threads) as plain, server_process("ours", folder, arguments.threads) as ours:
-            base_rate = asyncio.run(one_by_one(plain, requests[:20]))
-            our_rate = asyncio.run(one_by_one(ours, requests[:20]))
+            base_rate = asyncio.run(one_by_one(plain.url, requests[:20]))
+            our_rate = asyncio.run(one_by_one(ours.url, requests[:20]))
             rates = f"plain {base_rate:.1f} answers/s, ours {our_rate:.1f}, ratio {our_rate / base_rate:.2f}"
             print(f"{arguments.size}, {arguments.threads} threads; one by one: {rates}", flush=True)
             for multiple in [*arguments.rates, FLOOD]:
                 measured = {
-                    side: asyncio.run(load(url, requests, multiple * base_rate, arguments.limit_seconds)) for side, url in [("plain", plain), ("ours", ours)]
+                    side: asyncio.run(load(server.url, requests, multiple * base_rate, arguments.limit_seconds))
+                    for side, server in [("plain", plain), ("ours", ours)]
                 }
                 figures.append(show("flood" if multiple == FLOOD else f"{multiple:g}x = {multiple * base_rate:.1f}/s", measured["plain"], measured["ours"]))
     batching_ratio = figures[-1]["ours_answers_per_second"] / our_rate

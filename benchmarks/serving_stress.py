@@ -78,12 +78,12 @@ def main() -> None:
         serve(arguments.folder, port=0, settings=ServeSettings(model_name="model"))
         return
     failed = False
-    with server_process("server", arguments.checkpoint, 1, script=__file__) as url:
+    with server_process("server", arguments.checkpoint, 1, script=__file__) as server:
         for name, work in [(f"{NUM_AT_ONCE} at once", at_once), (f"{NUM_MALFORMED} malformed", vandalise)]:
-            statuses = asyncio.run(work(url))
+            statuses = asyncio.run(work(server.url))
             failed |= any(status >= 500 and status != 503 for status in statuses)
             print(f"{name}: " + ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())), flush=True)
-        status, answer = asyncio.run(post(url, json.dumps(GOOD).encode()))
+        status, answer = asyncio.run(post(server.url, json.dumps(GOOD).encode()))
         failed |= status != 200
         print(f"afterwards: {status} {json.loads(answer)['choices'][0]['text']!r}")
     sys.exit(failed)
