@@ -4,8 +4,8 @@ A checkpoint that is not elastic and has no calibrated exits has one point. An e
 calibrated risk of exits makes a further one. A sub-network whose exits are calibrated has a point of full depth too (risk 0), which is given to requests that
 ask for it and to no others: exits were calibrated to be used.
 
-The points are in order, the best first: by measured accuracy less the risk where accuracies are known, else by the bytes of the weights, which are taken to be
-of some use.
+The points are in order, the best first: by measured accuracy less the risk where accuracies are known. Of equals, which a search on a few hundred rows finds
+often, and where nothing was measured, the one with more bytes of weights is taken for the better one.
 """
 
 from __future__ import annotations
@@ -73,14 +73,15 @@ class Points:
             raise ValueError("a served model has no operating point; give it one at least")
         known = all(point.accuracy is not None for point in points)
 
-        def worth(point: OperatingPoint) -> tuple[float, float]:
-            return (point.accuracy or 0.0) - point.exit_risk if known else point.weight_bytes, -point.exit_risk
+        def worth(point: OperatingPoint) -> tuple[float, ...]:
+            accuracy = (point.accuracy or 0.0) - point.exit_risk if known else 0.0
+            return accuracy, point.weight_bytes, -point.exit_risk, -point.latency_ms
 
-        self.all = tuple(sorted(points, key=lambda point: (*worth(point), -point.latency_ms), reverse=True))
+        self.all = tuple(sorted(points, key=worth, reverse=True))
 
     @cached_property
     def front(self) -> tuple[OperatingPoint, ...]:
-        """The usual points than which none is both faster and as good, the best and slowest first: the steps of the controller."""
+        """The usual points of which each is faster than all better ones, the best and slowest first: the steps of the controller."""
         kept: list[OperatingPoint] = []
         for point in self.all:
             if point.is_usual and (not kept or point.latency_ms < (1 - LEAST_GAIN) * kept[-1].latency_ms):
@@ -121,7 +122,7 @@ def with_exits(point: OperatingPoint, first: tuple[Pace, float], calibrated: Seq
     """A sub-network's point of full depth, and one for each threshold that its exits were calibrated for.
 
     `first` is the pace where every token leaves as early as it can, and how many layers it went through then. Between that and full depth the pace is taken
-    to be linear in the layers.
+    to be linear in the decoder's layers, so that exits of the encoder alone are taken to save nothing.
     """
     first_pace, first_layers = first
     points = [replace(point, has_calibration=True)]

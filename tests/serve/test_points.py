@@ -43,7 +43,9 @@ def test_the_front_has_no_point_that_another_beats() -> None:
     assert [(one.subnet, one.exit_risk) for one in EXITS.front] == [("largest", 0.01), ("largest", 0.05), ("depth=1", 0.0)]
 
 
-def test_without_accuracies_larger_ones_are_taken_for_better_ones() -> None:
+def test_of_equals_and_without_accuracies_larger_ones_are_taken_for_better_ones() -> None:
+    equals = Points([point("a", 10, 0.5, 5), point("b", 20, 0.5, 9)])
+    assert [one.subnet for one in equals.all] == [one.subnet for one in equals.front] == ["b", "a"]
     points = Points([point("a", 10, None, 5), point("b", 20, None, 9), point("c", 5, 0.9, 2)])
     assert [one.subnet for one in points.all] == ["b", "a", "c"]
 
