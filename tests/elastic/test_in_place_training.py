@@ -11,7 +11,7 @@ import pytest
 import torch
 from elastic_models import elastic_model, rows
 from safetensors.torch import load_file
-from tiny_training import Journal
+from tiny_training import Journal, in_two_processes
 
 from llmdistill.batches import Batch, collate
 from llmdistill.elastic.axes import Axes
@@ -126,6 +126,27 @@ def test_eight_at_once_are_eight_times_one(name: str, strategy: Sandwich | Progr
     pieces, _ = trained(name, tmp_path / "1x8", micro_batch_size=1, strategy=strategy)
     rtol, atol = (1e-6, 1e-8) if "t5" in name else (1e-4, 1e-6)  # Llama's norm is in float32 whatever the model is in
     torch.testing.assert_close(pieces, whole, rtol=rtol, atol=atol)
+
+
+PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "t5 v1.1": {"strategy": Sandwich(), "micro_batch_size": 2},
+    "qwen2": {"strategy": Progressive(), "micro_batch_size": 8},
+}
+
+
+def all_of_processes(folder: Path) -> None:
+    """A run of each strategy, by however many processes there are."""
+    for name, settings in PROCESS_RUNS.items():
+        trained(name, folder / name, **settings)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    in_two_processes(all_of_processes, tmp_path / "two")
+    for name, settings in PROCESS_RUNS.items():
+        one, _ = trained(name, tmp_path / name, **settings)
+        two = load_file(tmp_path / "two" / name / "weights-00000006.safetensors")
+        rtol, atol = (1e-6, 1e-8) if "t5" in name else (1e-4, 1e-6)
+        torch.testing.assert_close(two, one, rtol=rtol, atol=atol)
 
 
 def test_a_broken_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
