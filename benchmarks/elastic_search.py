@@ -43,7 +43,7 @@ from llmdistill.elastic.question import Candidate, Question, Search, Supernet, h
 from llmdistill.elastic.random_search import RandomSearch
 from llmdistill.elastic.space import Space
 from llmdistill.elastic.subnet import with_subnet
-from llmdistill.losses.multitask import LabelOnly, Lesson
+from llmdistill.losses.multitask import LabelOnly, lessons_of
 from llmdistill.models.student import ScratchT5
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.elastic import Elastic
@@ -75,8 +75,7 @@ def main() -> None:
     rows = [row for row in store.artifact(elastic.rationales).rows() if row.split == "validation"]
     space = space_of(student.model)
     accuracies = _all_accuracies(student, elastic, rows, arguments.kept)
-    lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
-    examples = LabelOnly().examples(lessons, student.tokenizer, student.model.config, max_input_tokens=512, max_target_tokens=128)
+    examples = LabelOnly().examples(lessons_of(rows), student.tokenizer, student.model.config, max_input_tokens=512, max_target_tokens=128)
     supernet = Supernet(model=student.model, examples=examples, loss=LabelOnly())
     whole = num_parameters(space, space.largest())
 

@@ -15,7 +15,7 @@ from llmdistill.core.artifacts import Checkpoint, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage
-from llmdistill.losses.multitask import LabelOnly, Lesson
+from llmdistill.losses.multitask import LabelOnly, lessons_of
 from llmdistill.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ class TaughtByLogits(Stage[Checkpoint]):
         limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
         examples: dict[str, list[Example]] = {}
         for split in ("train", "validation"):
-            rows = [row for row in run.artifact(self.rationales).rows() if row.split == split]
-            lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
+            lessons = lessons_of(row for row in run.artifact(self.rationales).rows() if row.split == split)
             examples[split] = self.loss.examples(lessons, tokenizer, model.config, **limits)
         loss = RecoveryLoss(teacher, self.loss, hard_weight=self.hard_weight, kl_weight=self.kl_weight, temperature=self.temperature)
         with nullcontext() if self.dropout else without_dropout(model):
-            trained = train(model, Lessons(**examples), loss, self.settings, folder, seed=self.seed, journal=run)
+            trained = train(
+                model, Lessons(train=examples["train"], validation=examples["validation"]), loss, self.settings, folder, seed=self.seed, journal=run
+            )
         read_weights(model, trained.weights)
         entry = {"technique": "taught by logits", "settings": describe(self), "measured": dict(trained.figures)}
         checkpoint.save(model.eval(), tokenizer, run.folder, lineage=[*source.lineage(), entry], card=source.model_card())

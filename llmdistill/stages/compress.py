@@ -30,7 +30,7 @@ from llmdistill.core.run import Run
 from llmdistill.core.spec import write
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.elastic.kept import is_elastic, refusal
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
 from llmdistill.stages.elastic import Elastic
 from llmdistill.tasks.task import Task
@@ -195,9 +195,8 @@ class Compress(Stage[Checkpoint]):
         return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
 
     def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
-        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
         limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-        return self.loss.examples(lessons, tokenizer, model.config, **limits)
+        return self.loss.examples(lessons_of(rows), tokenizer, model.config, **limits)
 
     def _write(self, run: Run, model: "PreTrainedModel", tokenizer: Any, calibration: "Calibration", record: dict[str, Any]) -> dict[str, JsonScalar]:
         """Write the checkpoint; returns its figures."""
