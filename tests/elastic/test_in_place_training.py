@@ -110,12 +110,13 @@ def test_the_teacher_gets_no_gradient_from_its_pupils(name: str) -> None:
 
 
 def trained(
-    name: str, folder: Path, *, steps: int = 6, strategy: Sandwich | Progressive = Sandwich(), dtype: torch.dtype = torch.float64, **settings: Any
+    name: str, folder: Path, *, strategy: Sandwich | Progressive = Sandwich(), is_frozen: bool = False, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> Any:
     model, space = elastic_model(name, AXES, dtype)
-    chosen = TrainSettings(duration=Steps(steps), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, **settings)
+    loss = loss_of(space, strategy, teacher=FrozenTeacher(perturbed(model)) if is_frozen else None)
+    chosen = TrainSettings(duration=Steps(6), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, **settings)
     journal = Journal()
-    done = train(model, Lessons(train=rows(20), validation=rows(5, seed=1)), loss_of(space, strategy), chosen, folder, seed=0, journal=journal)
+    done = train(model, Lessons(train=rows(20), validation=rows(5, seed=1)), loss, chosen, folder, seed=0, journal=journal)
     return load_file(done.weights), journal
 
 
@@ -129,7 +130,7 @@ def test_eight_at_once_are_eight_times_one(name: str, strategy: Sandwich | Progr
 
 
 PROCESS_RUNS: dict[str, dict[str, Any]] = {
-    "t5 v1.1": {"strategy": Sandwich(), "micro_batch_size": 2},
+    "t5 v1.1": {"strategy": Sandwich(), "is_frozen": True, "micro_batch_size": 2},
     "qwen2": {"strategy": Progressive(), "micro_batch_size": 8},
 }
 
