@@ -15,6 +15,8 @@ from typing import Any
 
 COMPRESSION = "compression.json"
 """Beside a checkpoint that was compressed: what was done to each layer, for the report."""
+CALIBRATION = "calibration.json"
+"""Beside a checkpoint whose exits were calibrated: loss, accuracy and depth at every threshold, for the report."""
 SEARCH = "search.json"
 """In the folder of a search among sub-networks: everything that it found."""
 

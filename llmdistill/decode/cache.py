@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from llmdistill.decode.part import Part
+
 COLUMN_BLOCK = 64
 
 
@@ -86,13 +88,22 @@ class Window:
     keys: list[Tensor]  # (S*H, D, L)
     values: list[Tensor]  # (S*H, L, D)
     hidden: Tensor | None  # (R, 1, L): minus infinity before a row's first column, 0 from there on; None where every row sees all columns
+    columns: slice  # those in use
+
+    @property
+    def num_columns(self) -> int:
+        """L."""
+        return self.columns.stop - self.columns.start
 
 
 class KVCache:
     """Self-attention keys and values of the rows of one batch."""
 
-    def __init__(self, layer_shapes: Sequence[tuple[int, int]], *, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.store = SlotStore(layer_shapes, dtype=dtype, device=device)
+    def __init__(self, layer_shapes: Sequence[tuple[int, int]], *, width: int, num_state: int = 0, dtype: torch.dtype, device: torch.device) -> None:
+        """`num_state`: further numbers, an even number, that are kept of every column; they are the last of the store's layers, halved as keys and values."""
+        assert num_state % 2 == 0
+        shapes = [*layer_shapes, (1, num_state // 2)] if num_state else layer_shapes
+        self.store = SlotStore(shapes, dtype=dtype, device=device)
         self.width = width
         self.column = 0  # where the next token of every row goes
         self.starts: list[int] = []  # the first column of each row
@@ -155,7 +166,22 @@ class KVCache:
             written.append(slots.select(3, column))
             keys.append(keys_NDC[:, :, first:end])
             values.append(values_NCD[:, first:end])
-        return Window(written, keys, values, self._hidden(first, end))
+        return Window(written, keys, values, self._hidden(first, end), slice(first, end))
+
+    def of_rows(self, index: int, part: Part, window: Window) -> tuple[Tensor, Tensor]:
+        """Keys (R*H, D, L) and values (R*H, L, D) of layer `index` for the rows of a part; copies, where rows are missing. For one slot a row."""
+        if part.has_all_rows:
+            return window.keys[index], window.values[index]
+        keys, values = self.store.layers[index][:, part.rows_R, :, window.columns].flatten(1, 2)
+        return keys.transpose(1, 2), values
+
+    def move_right(self, row: int, by: int) -> None:
+        """Drops a row's last `by` columns: the others move to where the next token is written after. For one slot a row."""
+        start = self.starts[row]
+        for layer in self.store.layers:
+            layer[:, row, :, start + by : self.column] = layer[:, row, :, start : self.column - by].clone()
+        self.starts[row] = start + by
+        self._hidden_RC = None
 
     def _all_columns(self, num_slots: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each layer: the slots in use, and keys (S*H, D, C) and values (S*H, C, D) in them; views that stay until slots or storage change."""

@@ -4,8 +4,8 @@ The arithmetic is that of transformers' LlamaForCausalLM and Qwen2ForCausalLM: g
 together), rotary positions from the model's own module, tabulated once. The prompt's last token is the first step's input, so that rows that join need no
 step of their own; and the last layer of a prefill only has to leave its keys and values.
 
-Shapes: R rows, W slots a row (beams), S = R*W slots, H key/value heads, G query heads a key/value head, D head width, M model width, P prefix columns, L
-columns in use, V vocabulary.
+Shapes: R rows, W slots a row (beams), S = R*W slots, N tokens of a part (part.py), Q tokens of its longest row, H key/value heads, G query heads a key/value
+head, D head width, M model width, P prefix columns, L columns in use, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, Window, prefill_chunks
+from llmdistill.decode.exit_heads import ExitHeads, state_width
+from llmdistill.decode.part import Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +71,15 @@ class Layer:
     scale: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the layers of one step see."""
+
+    window: Window
+    rotation: tuple[Tensor, Tensor]  # of each token
+    hidden: Tensor | None  # (S, Q, L): minus infinity where a token does not look
+
+
 class CausalDecoder:
     """What is the same for all batches of one model."""
 
@@ -89,6 +100,8 @@ class CausalDecoder:
         self.layers = [_layer(layer) for layer in inner.layers[: config.num_hidden_layers]]
         self.rotary = inner.rotary_emb
         self.head = modules.normed_head(inner.norm, model.lm_head)
+        self.exits = ExitHeads.of(model, 1.0)
+        self.num_layers, self.model_width = len(self.layers), len(inner.norm.weight)
         # A few prompts at a time keep the feed-forward's activations in a CPU's cache.
         self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
         self._cosine_sine: tuple[Tensor, Tensor] | None = None
@@ -114,7 +127,8 @@ class CausalBatch:
     def __init__(self, decoder: CausalDecoder, width: int) -> None:
         self.decoder = decoder
         self.width = width
-        self.cache = KVCache([(layer.num_heads, layer.head_width) for layer in decoder.layers], width=width, dtype=decoder.dtype, device=decoder.device)
+        shapes = [(layer.num_heads, layer.head_width) for layer in decoder.layers]
+        self.cache = KVCache(shapes, width=width, num_state=state_width(decoder, width), dtype=decoder.dtype, device=decoder.device)
 
     @property
     def num_rows(self) -> int:
@@ -140,6 +154,18 @@ class CausalBatch:
 
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "S V"]:
         """The logits after each slot's newest token."""
+        hidden_SM, view = self.embed(tokens), self.look()
+        for index in range(len(self.decoder.layers)):
+            hidden_SM = self.layer(index, hidden_SM, view)
+        self.cache.advance()
+        return self.decoder.head(hidden_SM)
+
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "S M"]:
+        """The states of each slot's newest token before the first layer."""
+        return self.decoder.embed(torch.tensor(tokens, device=self.decoder.device))
+
+    def look(self) -> View:
+        """What the layers of a step see for the newest token of every slot."""
         decoder, cache = self.decoder, self.cache
         window = cache.window()
         positions = [cache.column - start for start in cache.starts for _ in range(self.width)]
@@ -147,23 +173,54 @@ class CausalBatch:
         hidden_R1L = window.hidden
         if hidden_R1L is not None and self.width > 1:
             hidden_R1L = hidden_R1L.repeat_interleave(self.width, 0)
-        hidden_SM = decoder.embed(torch.tensor(tokens, device=decoder.device))
-        for index, layer in enumerate(decoder.layers):
-            bias = None if hidden_R1L is None else hidden_R1L.expand(-1, layer.num_heads, -1).reshape(-1, 1, hidden_R1L.shape[-1])
-            hidden_SM = self._layer(layer, hidden_SM, window, index, rotation, bias)
-        cache.advance()
-        return decoder.head(hidden_SM)
+        return View(window=window, rotation=rotation, hidden=hidden_R1L)
 
-    def _layer(self, layer: Layer, hidden_SM: Tensor, window: Window, index: int, rotation: tuple[Tensor, Tensor], bias_N1L: Tensor | None) -> Tensor:
-        num_slots, num_queries, num_heads = hidden_SM.shape[0], layer.num_heads * layer.num_groups, layer.num_heads
-        qkv = layer.qkv(hidden_SM).view(num_slots, -1, layer.head_width)
-        qk = _rotate(qkv[:, : num_queries + num_heads], rotation)
-        written = window.written[index]
-        written[0].copy_(qk[:, num_queries:])
-        written[1].copy_(qkv[:, num_queries + num_heads :])
-        queries = qk[:, :num_queries].reshape(num_slots * num_heads, layer.num_groups, layer.head_width)
-        attended = modules.attend(queries, window.keys[index], window.values[index], bias_N1L, layer.scale)
+    def layer(self, index: int, hidden_SM: Tensor, view: View) -> Tensor:
+        """Layer `index` for the newest token of every slot. The states may be overwritten."""
+        layer = self.decoder.layers[index]
+        num_slots = len(hidden_SM)
+        queries, keys_values = self._rotated(layer, hidden_SM, view)
+        view.window.written[index][0].copy_(keys_values[0])
+        view.window.written[index][1].copy_(keys_values[1])
+        queries = queries.reshape(num_slots * layer.num_heads, layer.num_groups, layer.head_width)
+        attended = modules.attend(queries, view.window.keys[index], view.window.values[index], _bias(view, layer), layer.scale)
         return layer.feed_forward(layer.add_output(hidden_SM, attended.view(num_slots, -1)))
+
+    def look_at(self, part: Part, view: View) -> View:
+        """What the layers see for a part; of batches with one slot a row."""
+        starts_N = torch.tensor(self.cache.starts, device=self.decoder.device)[part.rows_N]
+        rotation = self.decoder.rotation((part.columns_N - starts_N)[:, None], self.cache.column - min(self.cache.starts) + 1)
+        hidden = None if view.hidden is None else view.hidden[part.rows_R]
+        later_QL = part.later_QL(view.window.num_columns, self.decoder.dtype)
+        if later_QL is not None:
+            hidden = later_QL.expand(len(part.rows), -1, -1) if hidden is None else hidden + later_QL
+        return View(window=view.window, rotation=rotation, hidden=hidden)
+
+    def write(self, index: int, hidden_NM: Tensor, part: Part, view: View) -> Tensor:
+        """Layer `index` begins for a part: its keys and values are kept, its queries are the result."""
+        queries, keys_values = self._rotated(self.decoder.layers[index], hidden_NM, view)
+        self.cache.store.layers[index][:, part.rows_N, :, part.columns_N] = torch.stack(keys_values, 1)
+        return queries
+
+    def read(self, index: int, hidden_NM: Tensor, queries_NQD: Tensor, part: Part, view: View) -> Tensor:
+        """Layer `index` goes on from the queries. The states may be overwritten."""
+        layer, num_queries = self.decoder.layers[index], part.num_queries
+        keys, values = self.cache.of_rows(index, part, view.window)
+        by_head = (len(part.rows), num_queries, layer.num_heads, layer.num_groups, layer.head_width)
+        padded = part.padded(queries_NQD).reshape(by_head).transpose(1, 2).reshape(-1, num_queries * layer.num_groups, layer.head_width)
+        bias = _bias(view, layer)
+        if bias is not None and num_queries > 1 and layer.num_groups > 1:
+            bias = bias.repeat_interleave(layer.num_groups, 1)
+        attended = modules.attend(padded, keys, values, bias, layer.scale)
+        attended = attended.view(len(part.rows), layer.num_heads, num_queries, -1).transpose(1, 2).reshape(len(part.rows) * num_queries, -1)
+        return layer.feed_forward(layer.add_output(hidden_NM, part.unpadded(attended)))
+
+    def _rotated(self, layer: Layer, hidden_NM: Tensor, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Queries, and keys and values, of any tokens."""
+        num_queries = layer.num_heads * layer.num_groups
+        qkv = layer.qkv(hidden_NM).view(len(hidden_NM), -1, layer.head_width)
+        qk = _rotate(qkv[:, : num_queries + layer.num_heads], view.rotation)
+        return qk[:, :num_queries], (qk[:, num_queries:], qkv[:, num_queries + layer.num_heads :])
 
     def _prefill(self, prefixes: Sequence[Sequence[int]], first_slot: int) -> None:
         """Prefixes flush right in the columns before the cache's present one."""
@@ -182,7 +239,7 @@ class CausalBatch:
             mask = (seen_RPP | torch.eye(num_columns, dtype=torch.bool, device=decoder.device))[:, None]
         slots, columns = slice(first_slot, first_slot + num_rows * self.width), slice(cache.column - num_columns, cache.column)
         hidden = decoder.embed(tokens_RP)
-        for layer, stored in zip(decoder.layers, cache.store.layers, strict=True):
+        for layer, stored in zip(decoder.layers, cache.store.layers, strict=False):
             num_queries, num_heads, width = layer.num_heads * layer.num_groups, layer.num_heads, layer.head_width
             qkv = layer.qkv(hidden).view(num_rows, num_columns, -1, width)
             qk = _rotate(qkv[:, :, : num_queries + num_heads], rotation)
@@ -195,6 +252,13 @@ class CausalBatch:
                 keys, values = (x.repeat_interleave(layer.num_groups, 1) for x in (keys, values))
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=layer.scale)
             hidden = layer.feed_forward(layer.add_output(hidden, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
+
+
+def _bias(view: View, layer: Layer) -> Tensor | None:
+    """(S*H, Q, L)."""
+    if view.hidden is None:
+        return None
+    return view.hidden[:, None].expand(-1, layer.num_heads, -1, -1).flatten(0, 1)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
@@ -16,6 +16,12 @@ class StopTokens(enum.Enum):
     OF_MODEL = "the end-of-sequence tokens of the model's generation config"
 
 
+class ExitThreshold(enum.Enum):
+    """A threshold that is named by the model instead of by the caller."""
+
+    OF_MODEL = "that of the smallest delta which the model's exits were calibrated for; where they were not, no token leaves"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How the tokens of one row are chosen.
@@ -24,6 +30,10 @@ class Decoding:
     holds `top_p` of the probability, in this order, and one token is drawn; the draws of a row depend on `seed` and on its prompt and on nothing else, so
     ask for several answers to one prompt with several seeds. `num_beams` above 1 is transformers' beam search; `length_penalty` and `early_stopping` are
     its parameters of these names.
+
+    In a model with exits, a token leaves where the confidence is above `exit_threshold` (1 for never, which is the full model); in others it does nothing.
+    `draft_tokens` above 0 is speculative decoding by the model itself: so many tokens are drafted at exit number `draft_exit` and verified by the full
+    model at once, which gives the tokens of the full model. Beam search goes the whole depth.
     """
 
     max_new_tokens: int = 64
@@ -35,6 +45,9 @@ class Decoding:
     early_stopping: bool = False
     seed: int = 0
     stop_token_ids: tuple[int, ...] | StopTokens = StopTokens.OF_MODEL
+    exit_threshold: float | ExitThreshold = ExitThreshold.OF_MODEL
+    draft_tokens: int = 0
+    draft_exit: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -51,6 +64,15 @@ class Decoding:
             raise ValueError(f"beam search does not sample: num_beams is {self.num_beams} and temperature {self.temperature}; set num_beams=1 or temperature=0")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty is {self.length_penalty}; give a finite number")
+        if not isinstance(self.exit_threshold, ExitThreshold) and not 0 <= self.exit_threshold <= 1:
+            raise ValueError(f"exit_threshold is {self.exit_threshold}; give 0 to 1, where 1 never leaves")
+        if min(self.draft_tokens, self.draft_exit) < 0:
+            raise ValueError(f"draft_tokens is {self.draft_tokens} and draft_exit {self.draft_exit}; give 0 or more")
+        if self.draft_tokens and (self.temperature > 0 or self.num_beams > 1):
+            raise ValueError(
+                f"drafts are verified against the likeliest token: temperature is {self.temperature} and num_beams {self.num_beams}; "
+                "set temperature=0 and num_beams=1, or draft_tokens=0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +86,8 @@ class Generated:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     logprob_sum: float
+    layers: tuple[int, ...] = field(default=(), compare=False)
+    """How many decoder layers each token went through, the stop token's last where there was one; nothing of beams."""
 
 
 class Token(NamedTuple):
@@ -74,3 +98,5 @@ class Token(NamedTuple):
     finished: bool
     finish_reason: FinishReason | None
     logprob: float
+    num_layers: int = 0
+    """Of the decoder, that it went through."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, T5ForConditionalGeneration
@@ -22,15 +24,18 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM, T5ForConditionalGen
 from llmdistill.decode.beam import beam_search
 from llmdistill.decode.cache import places_after
 from llmdistill.decode.causal import CausalDecoder
-from llmdistill.decode.decoding import Decoding, FinishReason, Generated, StopTokens, Token
+from llmdistill.decode.confidence import decayed
+from llmdistill.decode.decoding import Decoding, ExitThreshold, FinishReason, Generated, StopTokens, Token
+from llmdistill.decode.exiting import ExitingBatch, Rule
 from llmdistill.decode.latent_cross import CrossCache
 from llmdistill.decode.sampling import choose, row_generator
 from llmdistill.decode.t5 import T5Decoder
+from llmdistill.models.exits import own_threshold
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["CrossCache", "Decoding", "Engine", "Generated", "StopTokens", "Token"]
+__all__ = ["CrossCache", "Decoding", "Engine", "ExitThreshold", "Generated", "StopTokens", "Token"]
 
 
 @dataclass(kw_only=True)
@@ -44,11 +49,29 @@ class Row:
     num_tokens_left: int
     generator: random.Random
     tokens: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
     logprob_sum: float = 0.0
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that the full model has yet to verify."""
 
-    def take(self, token: int, logprob: float) -> Token:
+    def rule(self, own_threshold: Callable[[], float], decay: float) -> Rule:
+        """When its newest token leaves."""
+        decoding = self.decoding
+        if decoding.draft_tokens:
+            may_draft = len(self.drafts) < min(decoding.draft_tokens, self.num_tokens_left - 1) and not self.stops & set(self.drafts[-1:])
+            return Rule(draft=decoding.draft_exit) if may_draft else Rule(verify=True)
+        threshold = own_threshold() if isinstance(decoding.exit_threshold, ExitThreshold) else decoding.exit_threshold
+        num_tokens = len(self.tokens)
+        return Rule(threshold=decayed(threshold, decay, num_tokens, num_tokens + self.num_tokens_left))
+
+    def verified(self, tokens: Sequence[int]) -> int:
+        """How many drafts are what the full model says, whose tokens after the row's last one and after each draft these are."""
+        return next((number for number, (draft, token) in enumerate(zip(self.drafts, tokens, strict=False)) if draft != token), len(self.drafts))
+
+    def take(self, token: int, logprob: float, num_layers: int) -> Token:
         """The row's next token; what it means for the row."""
         self.logprob_sum += logprob
+        self.layers.append(num_layers)
         self.num_tokens_left -= 1
         finish_reason: FinishReason | None = None
         if token in self.stops:
@@ -57,7 +80,7 @@ class Row:
             self.tokens.append(token)
             if not self.num_tokens_left:
                 finish_reason = "length"
-        return Token(self.id, token, finish_reason is not None, finish_reason, logprob)
+        return Token(self.id, token, finish_reason is not None, finish_reason, logprob, num_layers)
 
 
 class Engine:
@@ -70,11 +93,22 @@ class Engine:
         self.max_batch_rows = max_batch_rows
         with torch.inference_mode():
             self._decoder = make_decoder(model, cross_cache)
-        self._batch = self._decoder.new_batch(1)
+            self._exits = self._decoder.exits
+        self._batch = self._new_batch()
         self._active: list[Row] = []  # in the order of the batch
         self._inputs: list[int] = []  # the newest token of each active row
         self._waiting: list[Row] = []
         self._ids = itertools.count()
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return self._decoder.num_layers
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether tokens may leave before the last layer."""
+        return self._exits is not None
 
     @property
     def cross_cache(self) -> CrossCache | None:
@@ -139,13 +173,54 @@ class Engine:
             self._admit_waiting()
             if not self._active:
                 return []
-            logits = self._batch.step(self._inputs)
-            tokens, logprobs = choose(logits, [row.decoding for row in self._active], [row.generator for row in self._active])
-            news = [row.take(token, logprob) for row, token, logprob in zip(self._active, tokens, logprobs, strict=True)]
-            self._inputs = tokens
-            if any(token.finished for token in news):
-                self._keep([place for place, token in enumerate(news) if not token.finished])
+            if isinstance(self._batch, ExitingBatch):
+                news = self._step_with_exits(self._batch)
+            else:
+                tokens, logprobs = self._choose(self._batch.step(self._inputs), self._active)
+                news = [row.take(token, logprob, self.num_layers) for row, token, logprob in zip(self._active, tokens, logprobs, strict=True)]
+                self._inputs = tokens
+            finished = {token.row for token in news if token.finished}
+            if finished:
+                self._keep([place for place, row in enumerate(self._active) if row.id not in finished])
         return news
+
+    def _step_with_exits(self, batch: ExitingBatch) -> list[Token]:
+        """As `step`, where a row that drafts has no token, and one that verifies has several."""
+        rules = [row.rule(self._own_threshold, batch.heads.settings.decay) for row in self._active]
+        chosen: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+        for said in batch.step(self._inputs, rules):
+            tokens, logprobs = self._choose(said.logits, [self._active[place] for place in said.rows])
+            for place, token, logprob in zip(said.rows, tokens, logprobs, strict=True):
+                chosen[place].append((token if said.vocabulary is None else said.vocabulary[token], logprob, said.num_layers))
+        news: list[Token] = []
+        for place, (row, rule) in enumerate(zip(self._active, rules, strict=True)):
+            said_of_row = chosen[place]
+            if rule.draft is not None:
+                row.drafts.append(said_of_row[0][0])
+            else:
+                num_verified = row.verified([token for token, _, _ in said_of_row])
+                batch.take_back(place, len(row.drafts) - num_verified)
+                row.drafts.clear()
+                said_of_row = said_of_row[: num_verified + 1]
+                for one in said_of_row:
+                    news.append(row.take(*one))
+                    if news[-1].finished:
+                        break
+            self._inputs[place] = said_of_row[-1][0]
+        return news
+
+    def _choose(self, logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+        return choose(logits, [row.decoding for row in rows], [row.generator for row in rows])
+
+    @cached_property
+    def _threshold_of_model(self) -> float:
+        return own_threshold(self.model)
+
+    def _own_threshold(self) -> float:
+        return self._threshold_of_model
+
+    def _new_batch(self) -> Any:
+        return self._decoder.new_batch(1) if self._exits is None else ExitingBatch(self._decoder, self._exits)
 
     def drop(self, row: int) -> None:
         """Forgets a row; one that has finished is forgotten already."""
@@ -167,9 +242,11 @@ class Engine:
                 for token in self.step():
                     if token.finish_reason is not None:
                         row = rows[token.row]
-                        generated[indexes[row.id]] = Generated(tokens=tuple(row.tokens), finish_reason=token.finish_reason, logprob_sum=row.logprob_sum)
+                        generated[indexes[row.id]] = Generated(
+                            tokens=tuple(row.tokens), finish_reason=token.finish_reason, logprob_sum=row.logprob_sum, layers=tuple(row.layers)
+                        )
         except BaseException:  # a call that was interrupted leaves no rows behind
-            self._batch = self._decoder.new_batch(1)
+            self._batch = self._new_batch()
             self._active, self._inputs, self._waiting = [], [], []
             raise
         return generated
@@ -231,6 +308,12 @@ class Engine:
         return min(decoding.max_new_tokens, self.max_positions - len(prompt))
 
     def _check(self, prompt: Sequence[int], decoding: Decoding) -> None:
+        if decoding.draft_tokens and (self._exits is None or decoding.draft_exit >= len(self._exits.settings.layers)):
+            exits = f"after layers {list(self._exits.settings.layers)}" if self._exits else "not there"
+            raise ValueError(
+                f"draft_tokens is {decoding.draft_tokens} and draft_exit {decoding.draft_exit}, and the model's exits are {exits}: "
+                "train some (the TrainExits stage), or set draft_tokens=0"
+            )
         if self.model.training:
             raise ValueError(f"the model ({type(self.model).__name__}) is in training mode, so dropout would change its answers; call model.eval() first")
         if not len(prompt):

@@ -3,7 +3,8 @@
 The arithmetic is that of transformers' T5ForConditionalGeneration. What is done once instead of at every step: cross-attention's keys and values
 (contiguous, one copy for all beams of a row), the relative position bias (one table by distance), the masks.
 
-Shapes: R rows, W slots a row (beams), S = R*W slots, H heads, D head width, M model width, E encoder columns, L decoder columns, V vocabulary.
+Shapes: R rows, W slots a row (beams), S = R*W slots, N tokens of a part (part.py), Q tokens of its longest row, H heads, D head width, M model width, E encoder
+columns, L decoder columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCrossAttention, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, SlotStore, Window, prefill_chunks
+from llmdistill.decode.exit_heads import ExitHeads, state_width
 from llmdistill.decode.latent_cross import CrossCache, LatentStore, joint_latent, keeps_latent
+from llmdistill.decode.part import Part
 from llmdistill.decode.t5_encoder import T5Encoder, clamp_float16, feed_forward, keep
 
 if TYPE_CHECKING:
@@ -42,6 +46,15 @@ class DecoderBlock:
     head_width: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the layers of one step see."""
+
+    window: Window
+    bias: Tensor  # (R*H, Q, L)
+    cross: Sequence[tuple[Tensor, Tensor, Tensor | None]]  # of each layer: see T5Batch._cross
+
+
 class T5Decoder:
     """What is the same for all batches of one model."""
 
@@ -52,6 +65,7 @@ class T5Decoder:
         self.vocabulary_size = config.vocab_size
         self.max_positions: int | None = None  # relative positions have no end
         self.start_token = _start_token(model)
+        self.model_width = model.model_dim
         self.embed_encoder, self.embed = model.encoder.embed_tokens, model.decoder.embed_tokens
         self.dtype = self.embed(torch.tensor([self.start_token], device=self.device)).dtype
         self.encoder = T5Encoder(model.encoder)
@@ -63,7 +77,10 @@ class T5Decoder:
             self.latent.absorb(self.dtype)
         self.relative_bias: Any = decoder_blocks[0].layer[0].SelfAttention
         scales_output = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-        self.head = modules.normed_head(model.decoder.final_layer_norm, model.lm_head, model.model_dim**-0.5 if scales_output else 1.0)
+        scale = model.model_dim**-0.5 if scales_output else 1.0
+        self.head = modules.normed_head(model.decoder.final_layer_norm, model.lm_head, scale)
+        self.exits = ExitHeads.of(model, scale)
+        self.num_layers = len(self.blocks)
         self.clamp = clamp_float16 if self.dtype == torch.float16 else keep
         # Encoding a few prompts at a time keeps the feed-forward's activations in a CPU's cache.
         self.max_prefill_tokens = 512 if self.device.type == "cpu" else 32768
@@ -87,7 +104,7 @@ class T5Batch:
         self.decoder = decoder
         self.width = width
         shapes = [(block.num_heads, block.head_width) for block in decoder.blocks]
-        self.cache = KVCache(shapes, width=width, dtype=decoder.dtype, device=decoder.device)
+        self.cache = KVCache(shapes, width=width, num_state=state_width(decoder, width), dtype=decoder.dtype, device=decoder.device)
         self.latent = decoder.latent if decoder.cross_cache is CrossCache.LATENT else None
         where: Any = {"dtype": decoder.dtype, "device": decoder.device}
         self.cross = SlotStore(shapes, **where) if self.latent is None else LatentStore(self.latent.rank, **where)
@@ -123,43 +140,84 @@ class T5Batch:
 
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "S V"]:
         """The logits after each slot's newest token."""
-        decoder = self.decoder
-        window = self.cache.window()
-        biases = self._self_biases(window)
-        cross_views = self._cross()
-        hidden_SM = decoder.embed(torch.tensor(tokens, device=decoder.device))
-        for index, block in enumerate(decoder.blocks):
-            hidden_SM = self._layer(block, hidden_SM, window, index, biases, cross_views[index])
+        hidden_SM, view = self.embed(tokens), self.look()
+        for index in range(len(self.decoder.blocks)):
+            hidden_SM = self.layer(index, hidden_SM, view)
         self.cache.advance()
-        return decoder.head(hidden_SM)
+        return self.decoder.head(hidden_SM)
 
-    def _layer(
-        self, block: DecoderBlock, hidden_SM: Tensor, window: Window, index: int, bias_N1L: Tensor, cross: tuple[Tensor, Tensor, Tensor | None]
-    ) -> Tensor:
-        num_slots, num_heads, width = hidden_SM.shape[0], block.num_heads, self.width
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "S M"]:
+        """The states of each slot's newest token before the first layer."""
+        return self.decoder.embed(torch.tensor(tokens, device=self.decoder.device))
+
+    def look(self) -> View:
+        """What the layers of a step see for the newest token of every slot."""
+        window = self.cache.window()
+        return View(window=window, bias=self._self_biases(window), cross=self._cross())
+
+    def layer(self, index: int, hidden_SM: Tensor, view: View) -> Tensor:
+        """Layer `index` for the newest token of every slot. The states may be overwritten."""
+        block = self.decoder.blocks[index]
+        num_slots, num_heads = hidden_SM.shape[0], block.num_heads
         qkv_S3HD = block.self_qkv(hidden_SM).view(num_slots, 3, num_heads, block.head_width)
-        window.written[index].copy_(qkv_S3HD[:, 1:].transpose(0, 1))
+        view.window.written[index].copy_(qkv_S3HD[:, 1:].transpose(0, 1))
         queries = qkv_S3HD[:, 0].reshape(num_slots * num_heads, 1, block.head_width)
-        attended = modules.attend(queries, window.keys[index], window.values[index], bias_N1L, 1.0)
+        attended = modules.attend(queries, view.window.keys[index], view.window.values[index], view.bias, 1.0)
         hidden_SM = self.decoder.clamp(block.add_self_output(hidden_SM, attended.view(num_slots, -1)))
+        attended = self._attend_cross(index, block.cross_q(hidden_SM), view.cross[index], self.width)
+        hidden_SM = self.decoder.clamp(block.add_cross_output(hidden_SM, attended))
+        return self.decoder.clamp(block.feed_forward(hidden_SM))
 
-        queries = block.cross_q(hidden_SM)
+    def look_at(self, part: Part, view: View) -> View:
+        """What the layers see for a part; of batches with one slot a row."""
+        rows, num_rows, num_queries = part.rows_R, len(part.rows), part.num_queries
+        bias_HL = self.decoder.bias(view.window.num_columns)
+        num_heads, num_columns = bias_HL.shape
+        # Counted from a token that is older by n, each column is nearer by n.
+        longer_HL = F.pad(bias_HL, (0, num_queries - 1), value=-torch.inf)
+        bias = longer_HL.unfold(1, num_columns, 1).flip(1).expand(num_rows, -1, -1, -1)
+        if view.window.hidden is not None:
+            bias = bias + view.window.hidden[rows][:, None]
+        cross = [tuple(None if x is None else _of_rows(x, part) for x in of_layer) for of_layer in view.cross]
+        return View(window=view.window, bias=bias.reshape(num_rows * num_heads, num_queries, num_columns), cross=cross)  # pyright: ignore[reportArgumentType]
+
+    def write(self, index: int, hidden_NM: Tensor, part: Part, view: View) -> Tensor:
+        """Layer `index` begins for a part: its keys and values are kept, its queries are the result."""
+        block = self.decoder.blocks[index]
+        qkv_N3HD = block.self_qkv(hidden_NM).view(len(hidden_NM), 3, block.num_heads, block.head_width)
+        self.cache.store.layers[index][:, part.rows_N, :, part.columns_N] = qkv_N3HD[:, 1:]
+        return qkv_N3HD[:, 0]
+
+    def read(self, index: int, hidden_NM: Tensor, queries_NHD: Tensor, part: Part, view: View) -> Tensor:
+        """Layer `index` goes on from the queries. The states may be overwritten."""
+        block, num_queries = self.decoder.blocks[index], part.num_queries
+        keys, values = self.cache.of_rows(index, part, view.window)
+        padded = part.padded(queries_NHD).view(-1, num_queries, block.num_heads, block.head_width).transpose(1, 2).reshape(-1, num_queries, block.head_width)
+        attended = modules.attend(padded, keys, values, view.bias, 1.0)
+        attended = attended.view(-1, block.num_heads, num_queries, block.head_width).transpose(1, 2).reshape(len(part.rows) * num_queries, -1)
+        hidden_NM = self.decoder.clamp(block.add_self_output(hidden_NM, part.unpadded(attended)))
+        attended = self._attend_cross(index, part.padded(block.cross_q(hidden_NM)), view.cross[index], num_queries)
+        hidden_NM = self.decoder.clamp(block.add_cross_output(hidden_NM, part.unpadded(attended)))
+        return self.decoder.clamp(block.feed_forward(hidden_NM))
+
+    def _attend_cross(self, index: int, queries: Tensor, cross: tuple[Tensor, Tensor, Tensor | None], num_queries: int) -> Tensor:
+        """Cross-attention of layer `index` for so many queries a row, which are beams or tokens: they go to one copy of its keys."""
+        block, num_slots = self.decoder.blocks[index], len(queries)
         if self.latent is not None:
-            queries = self.latent.queries(index, queries, width)
-        elif width == 1:
-            queries = queries.view(num_slots * num_heads, 1, block.head_width)
-        else:  # the beams of a row are queries to one copy of its keys
-            queries = queries.view(-1, width, num_heads, block.head_width).transpose(1, 2).reshape(-1, width, block.head_width)
+            queries = self.latent.queries(index, queries, num_queries)
+        elif num_queries == 1:
+            queries = queries.view(num_slots * block.num_heads, 1, block.head_width)
+        else:
+            queries = queries.view(-1, num_queries, block.num_heads, block.head_width).transpose(1, 2).reshape(-1, num_queries, block.head_width)
         attended = modules.attend(queries, *cross, 1.0)
         if self.latent is not None:
             attended = self.latent.outputs(index, attended)
-        elif width > 1:
-            attended = attended.view(-1, num_heads, width, block.head_width).transpose(1, 2)
-        hidden_SM = self.decoder.clamp(block.add_cross_output(hidden_SM, attended.reshape(num_slots, -1)))
-        return self.decoder.clamp(block.feed_forward(hidden_SM))
+        elif num_queries > 1:
+            attended = attended.view(-1, block.num_heads, num_queries, block.head_width).transpose(1, 2)
+        return attended.reshape(num_slots, -1)
 
     def _self_biases(self, window: Window) -> Float[Tensor, "S*H 1 L"]:
-        bias_HL = self.decoder.bias(window.keys[0].shape[-1])
+        bias_HL = self.decoder.bias(window.num_columns)
         num_heads, num_columns = bias_HL.shape
         if window.hidden is None:
             bias = bias_HL.expand(self.num_rows * self.width, num_heads, num_columns)
@@ -218,6 +276,11 @@ def _decoder_block(block: Any, *, reads_latent: bool) -> DecoderBlock:
 
 def _cross_attention(block: Any) -> Any:
     return modules.opened(modules.opened(modules.opened(block, T5Block).layer[1], T5LayerCrossAttention).EncDecAttention, T5Attention)
+
+
+def _of_rows(x: Tensor, part: Part) -> Tensor:
+    """Of (all rows * n, ...), what belongs to a part's."""
+    return x if part.has_all_rows else x.unflatten(0, (part.num_all_rows, -1))[part.rows_R].flatten(0, 1)
 
 
 def _hidden_after(lengths: Sequence[int], decoder: T5Decoder) -> Int[Tensor, "R 1 E"] | None:

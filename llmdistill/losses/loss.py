@@ -9,6 +9,8 @@ change the gradient.
 Shapes: B rows, L tokens, D model width, N target tokens without padding, V vocabulary, P parts of the loss.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,20 +19,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmdistill.batches import Batch
-from llmdistill.losses.t5_forward import decode, encode
+from llmdistill.losses.t5_forward import decode_states, encode
 
 
 def target_hidden_ND(model: nn.Module, batch: Batch) -> Float[Tensor, "N D"]:
     """The last hidden state at each position that predicts a target token, before the head."""
-    hidden_ND = _causal_hidden(model, batch) if not batch.decoded else _decoder_hidden(model, batch)
-    return hidden_ND.index_select(0, batch.position_N)
+    return target_states_ND(model, batch)[0]
+
+
+def target_states_ND(
+    model: nn.Module, batch: Batch, after: Sequence[int] = (), skipped: Sequence[int] = ()
+) -> tuple[Float[Tensor, "N D"], list[Float[Tensor, "N D"]]]:
+    """The last hidden state at each position that predicts a target token, before the head, and the states there after so many decoder layers each.
+
+    Layers whose index is in `skipped` are left out."""
+    last, states = _decoder_states(model, batch, after, skipped) if batch.decoded else _causal_states(model, batch, after, skipped)
+    return last.index_select(0, batch.position_N), [state.index_select(0, batch.position_N) for state in states]
 
 
 def target_logits_NV(model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
     """The student's logits for each target token."""
+    return head_NV(model, target_hidden_ND(model, batch))
+
+
+def head_NV(model: nn.Module, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """What the head says of normed states."""
     student: Any = model
-    hidden_ND = target_hidden_ND(model, batch)
-    if batch.decoded and student.config.scale_decoder_outputs:
+    if student.config.is_encoder_decoder and student.config.scale_decoder_outputs:
         hidden_ND = hidden_ND * student.model_dim**-0.5
     return student.lm_head(hidden_ND)
 
@@ -47,17 +62,36 @@ def counts_P(batch: Batch, *, num_parts: int) -> Int[Tensor, " P"]:
     return torch.bincount(batch.part_N, minlength=num_parts)
 
 
-def _causal_hidden(model: Any, batch: Batch) -> Tensor:
+def _causal_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """Rows are padded on the right: causal attention alone keeps real tokens from padding."""
-    hidden_BLD = model.model(input_ids=batch.input_EL, use_cache=False).last_hidden_state
-    return hidden_BLD.flatten(0, 1)
+    inner = model.model
+    with _without_layers(inner, skipped):
+        output = inner(input_ids=batch.input_EL, use_cache=False, output_hidden_states=bool(after))
+    places = [depth - sum(index < depth for index in skipped) for depth in after]
+    return output.last_hidden_state.flatten(0, 1), [output.hidden_states[place].flatten(0, 1) for place in places]
 
 
-def _decoder_hidden(model: Any, batch: Batch) -> Tensor:
+@contextmanager
+def _without_layers(inner: Any, skipped: Sequence[int]) -> Iterator[None]:
+    """A causal model's layers but these. An attribute of the object itself comes before a registered module of that name, so nothing is unregistered."""
+    if skipped:
+        vars(inner)["layers"] = nn.ModuleList(layer for index, layer in enumerate(inner.layers) if index not in skipped)
+    try:
+        yield
+    finally:
+        vars(inner).pop("layers", None)
+
+
+def _decoder_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """The encoder runs once over all rows, the decoder once for each part."""
     encoded_ELD = encode(model, batch.input_EL, batch.mask_EL)
-    hidden = []
+    last: list[Tensor] = []
+    states: list[list[Tensor]] = [[] for _ in after]
     for decoded in batch.decoded:
         rows_G = decoded.rows_G
-        hidden.append(decode(model, decoded.input_GT, encoded_ELD.index_select(0, rows_G), batch.mask_EL.index_select(0, rows_G)).flatten(0, 1))
-    return torch.cat(hidden)
+        encoded, mask = encoded_ELD.index_select(0, rows_G), batch.mask_EL.index_select(0, rows_G)
+        hidden, of_depths = decode_states(model, decoded.input_GT, encoded, mask, after, skipped)
+        last.append(hidden.flatten(0, 1))
+        for of_depth, state in zip(states, of_depths, strict=True):
+            of_depth.append(state.flatten(0, 1))
+    return torch.cat(last), [torch.cat(of_depth) for of_depth in states]

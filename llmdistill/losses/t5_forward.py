@@ -53,9 +53,24 @@ def encode(model: Any, input_BL: Int[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"
 
 def decode(model: Any, input_BL: Int[Tensor, "B L"], encoded_BKD: Float[Tensor, "B K D"], mask_BK: Bool[Tensor, "B K"]) -> Float[Tensor, "B L D"]:
     """The decoder's output for inputs padded on the right."""
+    return decode_states(model, input_BL, encoded_BKD, mask_BK)[0]
+
+
+def decode_states(
+    model: Any,
+    input_BL: Int[Tensor, "B L"],
+    encoded_BKD: Float[Tensor, "B K D"],
+    mask_BK: Bool[Tensor, "B K"],
+    after: Sequence[int] = (),
+    skipped: Sequence[int] = (),
+) -> tuple[Float[Tensor, "B L D"], list[Float[Tensor, "B L D"]]]:
+    """The decoder's output, and the states after so many layers each. Layers whose index is in `skipped` are left out."""
     stack = model.decoder
     if not is_plain(stack):
-        return stack(input_ids=input_BL, encoder_hidden_states=encoded_BKD, encoder_attention_mask=mask_BK, use_cache=False).last_hidden_state
+        if skipped:
+            raise ValueError("layers cannot be left out of a decoder that is sharded or has layers of its own; set layer_dropout=0")
+        output = stack(input_ids=input_BL, encoder_hidden_states=encoded_BKD, encoder_attention_mask=mask_BK, use_cache=False, output_hidden_states=bool(after))
+        return output.last_hidden_state, [output.hidden_states[depth] for depth in after]
     p = _dropout_rate(stack)
     num_rows, length = input_BL.shape
     hidden = dropout(stack.embed_tokens(input_BL), p)
@@ -63,11 +78,14 @@ def decode(model: Any, input_BL: Int[Tensor, "B L"], encoded_BKD: Float[Tensor, 
     bias = torch.where(is_past, _position_bias(stack, length), _lowest(hidden)).expand(num_rows, -1, -1, -1)
     cross_bias = hidden.new_zeros(mask_BK.shape).masked_fill_(~mask_BK, _lowest(hidden))[:, None, None, :].expand(-1, bias.shape[1], length, -1)
     latents: dict[int, Tensor] = {}
-    for block in stack.block:
-        hidden = _self_attention(block.layer[0], hidden, bias, p)
-        hidden = _cross_attention(block.layer[1], hidden, encoded_BKD, cross_bias, p, latents)
-        hidden = _feed_forward(block.layer[2], hidden, p)
-    return dropout(norm(stack.final_layer_norm)(hidden), p)
+    states: dict[int, Tensor] = {}
+    for index, block in enumerate(stack.block):
+        if index not in skipped:
+            hidden = _self_attention(block.layer[0], hidden, bias, p)
+            hidden = _cross_attention(block.layer[1], hidden, encoded_BKD, cross_bias, p, latents)
+            hidden = _feed_forward(block.layer[2], hidden, p)
+        states[index + 1] = hidden
+    return dropout(norm(stack.final_layer_norm)(hidden), p), [states[depth] for depth in after]
 
 
 def is_plain(stack: Any) -> bool:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any, Literal
@@ -33,18 +35,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
+from llmdistill.models.exit_settings import read_exits
+from llmdistill.models.exits import digest, keep_settings
 from llmdistill.models.resized import sizes_of
 from llmdistill.models.structure import dtype_of, structure_of, ties_of
 from llmdistill.models.structured import STOCK_AND_STRUCTURED, refuse_partial
 from llmdistill.models.t5 import protect_head, saved_tie
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, CARD, LINEAGE = "config.json", "model.safetensors", "README.md", "lineage.json"
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, lineage: Sequence[Mapping[str, Any]], card: str) -> None:
     """Write the checkpoint. `lineage` is that of the checkpoint it came from and one entry more; `card` is the text of README.md."""
+    _forget_other_calibration(model)
     state, built_again = _state(model), _built_again(model)
     _check_loads_again(built_again, state)
     _check_elastic(model)
@@ -84,19 +91,19 @@ def load_model(config: PreTrainedConfig, name_or_path: str, *, dtype: torch.dtyp
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """A stage has one bar, and it is not transformers'."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
 def _no_tie_warning() -> Iterator[None]:
     """transformers sets `tie_word_embeddings` on every T5 it reads, and then warns where the file says otherwise; `protect_head` has seen to that (t5.py)."""
-    logger = logging.get_logger("transformers.modeling_utils")
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
 
     class Keep(Filter):
         def filter(self, record: LogRecord) -> bool:
@@ -125,7 +132,7 @@ def _built_again(model: PreTrainedModel) -> PreTrainedModel:
     settings["tie_word_embeddings"] = saved_tie(model)
     structure, ties, sizes = structure_of(model), ties_of(model), sizes_of(model)
     plain = _without_memory(stock, settings)
-    if not structure and not sizes and ties.items() <= plain.all_tied_weights_keys.items():
+    if not structure and not sizes and read_exits(model.config) is None and ties.items() <= plain.all_tied_weights_keys.items():
         return plain
     return _without_memory(structured, settings | {"structure": structure, "ties": ties, "sizes": sizes})
 
@@ -163,6 +170,14 @@ def _check_loads_again(model: PreTrainedModel, state: Mapping[str, Tensor]) -> N
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and config.json would give it {tuple(expected[name].shape)}: bring the config in line")
         if tensor.dtype != expected[name].dtype and model.config.dtype != torch.float16:  # in float16 transformers keeps some weights in float32
             raise ValueError(f"{name} is {tensor.dtype}, and loading would make it {expected[name].dtype}: cast the whole model to one dtype first")
+
+
+def _forget_other_calibration(model: PreTrainedModel) -> None:
+    """Thresholds are for the weights that they were calibrated for: a technique that changed these leaves exits without."""
+    settings = read_exits(model.config)
+    if settings is not None and settings.calibration is not None and settings.calibration.weights != digest(model):
+        log.warning("the weights have changed since the thresholds of the exits were calibrated: calibrate again (they are left out of this checkpoint)")
+        keep_settings(model, replace(settings, calibration=None))
 
 
 def _check_elastic(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
 """The stock classes with a structure: what transformers' Auto classes build for a checkpoint of ours that is not plain.
 
-Each is the stock class; after its own construction layers get the config's sizes, the modules that it names are swapped in, and its ties take the place of the
-stock ones. Loading is transformers' own (dtype, device_map, sharding and the rest work as usual), but strict: a tensor that is missing, left over or of another
-shape is an error and never a random weight.
+Each is the stock class; after its own construction layers get the config's sizes, exits are added, the modules that it names are swapped in, and its ties take
+the place of the stock ones. Loading is transformers' own (dtype, device_map, sharding and the rest work as usual), but strict: a tensor that is missing, left
+over or of another shape is an error and never a random weight.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
 
+from llmdistill.models.exit_settings import ExitSettings
+from llmdistill.models.exits import attach
 from llmdistill.models.resized import resize, sizes_of
 from llmdistill.models.structure import dtype_of, install, structure_of, ties_of
 from llmdistill.models.structured_config import StructuredLlamaConfig, StructuredQwen2Config, StructuredT5Config
@@ -30,6 +32,8 @@ class _Structured(PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         resize(self, config.sizes or {})
+        if config.exits is not None:
+            attach(self, ExitSettings.from_json(config.exits))
         install(self, config.structure or {})
         self._has_structure = True
         self._replace_ties(config.ties or {})

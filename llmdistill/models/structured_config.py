@@ -1,4 +1,5 @@
-"""The configs of models with a structure: the stock config, and beside it `structure` and `ties` (see structure.py) and `sizes` (resized.py).
+"""The configs of models with a structure: the stock config, and beside it `structure` and `ties` (see structure.py), `sizes` (resized.py) and `exits`
+(exit_settings.py).
 
 Separate model types, so that stock transformers says that it does not know them and never loads half of one. A config class is all that is registered up
 front, since it costs no torch; the first config that is made brings its model class along.
@@ -20,6 +21,7 @@ class StructuredT5Config(T5Config):
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
     sizes: dict[str, dict[str, list[int]]] | None = None
+    exits: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -33,6 +35,7 @@ class StructuredLlamaConfig(LlamaConfig):
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
     sizes: dict[str, dict[str, list[int]]] | None = None
+    exits: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -46,6 +49,7 @@ class StructuredQwen2Config(Qwen2Config):
     structure: dict[str, dict[str, Any]] | None = None
     ties: dict[str, str] | None = None
     sizes: dict[str, dict[str, list[int]]] | None = None
+    exits: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

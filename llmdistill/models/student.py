@@ -34,6 +34,8 @@ class T5Size(enum.Enum):
     """2 + 2 layers of width 128: 0.8 million."""
     MINI = "mini"
     """3 + 3 layers of width 192: 3 million."""
+    DEEP = "deep"
+    """12 + 12 layers of width 128: 5 million."""
     MIDI = "midi"
     """4 + 4 layers of width 256: 9 million."""
     SMALL = "small"
@@ -43,6 +45,7 @@ class T5Size(enum.Enum):
 T5_SHAPES: dict[T5Size, dict[str, int]] = {
     T5Size.TINY: {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2},
     T5Size.MINI: {"d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512, "num_layers": 3},
+    T5Size.DEEP: {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 12},
     T5Size.MIDI: {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 4},
     T5Size.SMALL: {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
 }

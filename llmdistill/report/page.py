@@ -32,6 +32,7 @@ SECTIONS = (
     Section(anchor="students", title="Students side by side", is_wanted=lambda report: bool(report["students"])),
     Section(anchor="compression", title="Compression", is_wanted=lambda report: bool(report.get("compression"))),
     Section(anchor="search", title="Sub-networks", is_wanted=lambda report: bool(report.get("elastic"))),
+    Section(anchor="exits", title="Early exits", is_wanted=lambda report: bool(report.get("exits"))),
     Section(
         anchor="errors",
         title="Where the students err",
@@ -61,6 +62,7 @@ def render(report: Data) -> str:
         layer_map=layer_map,
         trade_offs=trade_offs,
         search_charts=search_charts,
+        exit_charts=exit_charts,
     )
     sections = [section for section in SECTIONS if section.is_wanted(report)]
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
@@ -113,6 +115,18 @@ def trade_offs(report: Data) -> list[str]:
         trade_off(accuracies, title="accuracy on test rows, 95% interval", show=figures.percent),
         trade_off(losses, title="loss on held-out rows, nats", show=figures.significant),
     ]
+
+
+def exit_charts(report: Data) -> list[str]:
+    """Loss of quality, and accuracy where it is known, against the layers that a token goes through, a line for each calibration."""
+    drawn = []
+    for key, title in (("mean_loss", "loss of quality on calibration rows"), ("accuracy", "accuracy on calibration rows")):
+        curves = []
+        for index, found in enumerate(report["exits"]):
+            points = sorted((point["mean_layers"], point[key]) for point in found["curve"] if point[key] is not None)
+            curves.append(charts.Curve(name=found["name"], points=points, colour=charts.series_colour(index)))
+        drawn.append(charts.lines(curves, title=title, x_label="decoder layers a token", as_percent=True))
+    return drawn
 
 
 def training_charts(report: Data) -> list[str]:

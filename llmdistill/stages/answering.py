@@ -47,7 +47,7 @@ class Answering:
 
     def answers(self, task: str, texts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """The likeliest answer to each text."""
-        return [self.decoded(row) for row in self.generated(task, texts, max_new_tokens=max_new_tokens)]
+        return [self.decoded(row) for row in self.generated(task, texts, decoding=Decoding(max_new_tokens=max_new_tokens))]
 
     def decoded(self, row: Generated) -> str:
         """An answer as text."""
@@ -59,12 +59,12 @@ class Answering:
         parsed = [answer.parse(text) for text in self.answers(PREDICT, texts, max_new_tokens=longest + 1)]
         return sum(one is not None and answer.same(one, label) for one, label in zip(parsed, labels, strict=True)) / len(texts)
 
-    def generated(self, task: str, texts: Sequence[str], *, max_new_tokens: int) -> list[Generated]:
-        """The likeliest answer to each text, in tokens."""
+    def generated(self, task: str, texts: Sequence[str], *, decoding: Decoding) -> list[Generated]:
+        """The answer to each text, in tokens."""
         from llmdistill.decode.engine import Engine
 
         with _StartToken(self.model, self.prompts.decoder_start_token_ids.get(task)):
-            return Engine(self.model, max_batch_rows=self.max_batch_rows).generate(self.tokens(task, texts), Decoding(max_new_tokens=max_new_tokens))
+            return Engine(self.model, max_batch_rows=self.max_batch_rows).generate(self.tokens(task, texts), decoding)
 
 
 class _StartToken:

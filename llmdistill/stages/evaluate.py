@@ -75,6 +75,7 @@ class Evaluate(Stage[Evaluation]):
             "task": {"name": self.task.name, "split": self.split},
             **scoring.score(self.task, rows, lines),
             "num_cut_short": sum(answer.finish_reason == "length" for answer in generated),
+            "layers_per_token": _mean([num_layers for answer in generated for num_layers in answer.layers]),
             "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
             "weight_bytes": scoring.weight_bytes(folder),
             **_speed(student, texts, self),
@@ -91,7 +92,7 @@ class Evaluate(Stage[Evaluation]):
         with run.progress(len(texts), "rows") as bar:
             for start in range(0, len(texts), chunk):
                 part = texts[start : start + chunk]
-                answers += student.generated(PREDICT, part, max_new_tokens=self.max_new_tokens)
+                answers += student.generated(PREDICT, part, decoding=Decoding(max_new_tokens=self.max_new_tokens))
                 bar.advance(len(part))
         return answers
 
@@ -119,6 +120,10 @@ def _speed(student: Answering, texts: Sequence[str], stage: Evaluate) -> dict[st
             f"tokens_per_answer_batch_{size}": round(latency.tokens_per_answer, 3),
         }
     return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / max(1, len(values)), 4)
 
 
 def _samples(

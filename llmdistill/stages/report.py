@@ -12,6 +12,7 @@ What stands in report.json (units in the names; null where a figure cannot be kn
     training     name, points: what each training logged, by step
     compression  name, before, after, steps: what each compression did to each layer
     elastic      name, cost, limits, chosen, points, predictors and methods of each search among sub-networks, and some of those that it asked about
+    exits        name, num_layers, full_accuracy, curve, points: what each calibration of exits found at every threshold
     samples      a few rows with what the teacher and each student said
     stages       name, key, seconds, cached, depends_on
 """
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmdistill.core.artifacts import COMPRESSION, SEARCH, Evaluation, FoundSubnets, Rationales, Report, read_json, read_json_lines
+from llmdistill.core.artifacts import CALIBRATION, COMPRESSION, SEARCH, Evaluation, FoundSubnets, Rationales, Report, read_json, read_json_lines
 from llmdistill.core.graph import Graph
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage, upstream
@@ -91,6 +92,7 @@ class ReportStage(Stage[Report]):
             "training": self._training(run, [stage.checkpoint.name for stage in self.evaluations]),
             "compression": self._left(run, COMPRESSION),
             "elastic": page.searches(self._left(run, SEARCH)),
+            "exits": self._left(run, CALIBRATION),
             "samples": _samples({student["name"]: student for student in students}),
             "machine": students[0]["machine"],
             "stages": self._stages(run, start),
