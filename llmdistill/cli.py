@@ -23,7 +23,7 @@ usage: llmdistill COMMAND ...
   serve FOLDER      serve a checkpoint: OpenAI's API, and /v1/predict for the task
   extract FOLDER    take a sub-network out of an elastic checkpoint, as a checkpoint of its own (OUT --subnet TEXT)
   import PATH       take over rationales that were made elsewhere
-  export NAME       write a pipeline's rationales to a .jsonl or .parquet file, or as a Hugging Face dataset (--to PATH)
+  export FOLDER     write a checkpoint or rationales in the format of another program (OUT --to ctranslate2|gguf|rationales)
 
 `llmdistill COMMAND --help` says more.
 """
@@ -189,17 +189,18 @@ def _import(words: list[str]) -> None:
 def _export(words: list[str]) -> None:
     import tyro
 
-    def command(rationales: tyro.conf.Positional[str], to: Path) -> None:
-        """Write rationales to a file of their own, with the columns input, label, rationale, and id, split, gold, confidence.
+    from llmdistill.export.formats import ExportFormat
+
+    def command(source: tyro.conf.Positional[str], out: tyro.conf.Positional[Path], to: ExportFormat) -> None:
+        """Write a checkpoint or a pipeline's rationales in the format of another program; what cannot be written is told before any work.
 
         Args:
-            rationales: A pipeline's name, or the folder of its annotate stage.
-            to: A .jsonl or .parquet file, or a folder for a Hugging Face dataset.
+            source: A checkpoint's folder; for rationales a pipeline's name, or the folder of its annotate stage.
+            out: What to write, which must not exist: a folder (ctranslate2), a .gguf file, or for rationales a .jsonl or .parquet file or a folder.
+            to: The format, as gguf:Q8_0 or ctranslate2:INT8; matrices are F32 where nothing is said.
         """
-        from llmdistill.core.artifacts import Rationales
-        from llmdistill.teach.rationale_files import export_rationales
-
-        print(export_rationales(Rationales(_finished(rationales, "rationales.jsonl")).rows(), to))
+        to.write(_finished(source, to.source_file), out)
+        print(out)
 
     _call(command, "export", words)
 

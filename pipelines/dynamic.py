@@ -13,12 +13,13 @@ Labels and reasons to train on are the student's own answers (`own`), known ones
 """
 
 from pathlib import Path
+from typing import Any
 
 from llmdistill.compress.int8 import Int8
 from llmdistill.core.artifacts import Checkpoint, Report
 from llmdistill.core.pipeline import main
 from llmdistill.core.stage import Stage
-from llmdistill.exits.losses import Quality
+from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.exit_settings import Confidence, Policy
 from llmdistill.models.student import Pretrained
@@ -39,6 +40,7 @@ def pipeline(
     rationales: RowsToLearn = Own(),
     num_exits: int = 3,
     layers: tuple[int, ...] = (),
+    encoder_layers: tuple[int, ...] = (),
     trains: Trains = Trains.EXITS,
     adapter_rank: int = 0,
     vocabulary: Vocabulary = Vocabulary.OF_ROWS,
@@ -66,6 +68,7 @@ def pipeline(
         rationales: Whose labels and reasons the exits learn.
         num_exits: Spread evenly over the decoder's layers.
         layers: After which layers the exits are instead; empty for evenly.
+        encoder_layers: After which layers of a T5's encoder a prompt may leave.
         trains: The exits alone, which leaves the full student what it was, or the whole student with them.
         adapter_rank: Of a low-rank map before each exit's head; 0 for none.
         vocabulary: What an exit can say: the tokens of the rows' answers, or all.
@@ -88,7 +91,7 @@ def pipeline(
     rows = task.task()
     student = Take(name="student", source=Pretrained(source=checkpoint))
     answers = rows_to_learn(rationales, rows, student)
-    limits = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
+    limits: Any = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
     exits: Stage[Checkpoint] = TrainExits(
         name="exits",
         checkpoint=student,
@@ -97,6 +100,7 @@ def pipeline(
         loss=loss,
         num_exits=num_exits,
         layers=layers,
+        encoder_layers=encoder_layers,
         adapter_rank=adapter_rank,
         vocabulary=vocabulary,
         trains=trains,

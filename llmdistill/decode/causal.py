@@ -134,8 +134,8 @@ class CausalBatch:
     def num_rows(self) -> int:
         return self.cache.num_rows
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Prefills new rows after the present ones; the token that each row's first step begins with."""
+    def admit(self, prompts: Sequence[Sequence[int]], thresholds: Sequence[float] = ()) -> list[int]:
+        """Prefills new rows after the present ones; the token that each row's first step begins with. Prompts go the whole depth, whatever the thresholds."""
         prefixes = [prompt[:-1] for prompt in prompts]
         lengths = [len(prefix) for prefix in prefixes]
         first_slot = self.cache.admit(lengths).start
@@ -188,13 +188,19 @@ class CausalBatch:
 
     def look_at(self, part: Part, view: View) -> View:
         """What the layers see for a part; of batches with one slot a row."""
-        starts_N = torch.tensor(self.cache.starts, device=self.decoder.device)[part.rows_N]
-        rotation = self.decoder.rotation((part.columns_N - starts_N)[:, None], self.cache.column - min(self.cache.starts) + 1)
         hidden = None if view.hidden is None else view.hidden[part.rows_R]
         later_QL = part.later_QL(view.window.num_columns, self.decoder.dtype)
         if later_QL is not None:
             hidden = later_QL.expand(len(part.rows), -1, -1) if hidden is None else hidden + later_QL
-        return View(window=view.window, rotation=rotation, hidden=hidden)
+        return View(window=view.window, rotation=self._rotation(part), hidden=hidden)
+
+    def look_for_keys(self, part: Part, view: View) -> View:
+        """What is enough for `write`."""
+        return View(window=view.window, rotation=self._rotation(part), hidden=None)
+
+    def _rotation(self, part: Part) -> tuple[Tensor, Tensor]:
+        starts_N = torch.tensor(self.cache.starts, device=self.decoder.device)[part.rows_N]
+        return self.decoder.rotation((part.columns_N - starts_N)[:, None], self.cache.column - min(self.cache.starts) + 1)
 
     def write(self, index: int, hidden_NM: Tensor, part: Part, view: View) -> Tensor:
         """Layer `index` begins for a part: its keys and values are kept, its queries are the result."""

@@ -88,6 +88,8 @@ class Generated:
     logprob_sum: float
     layers: tuple[int, ...] = field(default=(), compare=False)
     """How many decoder layers each token went through, the stop token's last where there was one; nothing of beams."""
+    encoder_layers: int = field(default=0, compare=False)
+    """How many encoder layers the prompt went through; 0 where none can leave early."""
 
 
 class Token(NamedTuple):

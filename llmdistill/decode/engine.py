@@ -30,6 +30,7 @@ from llmdistill.decode.exiting import ExitingBatch, Rule
 from llmdistill.decode.latent_cross import CrossCache
 from llmdistill.decode.sampling import choose, row_generator
 from llmdistill.decode.t5 import T5Decoder
+from llmdistill.models.exit_settings import NEVER
 from llmdistill.models.exits import own_threshold
 
 if TYPE_CHECKING:
@@ -50,19 +51,19 @@ class Row:
     generator: random.Random
     tokens: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    encoder_layers: int = 0
     logprob_sum: float = 0.0
     drafts: list[int] = field(default_factory=list)
     """Tokens that the full model has yet to verify."""
 
-    def rule(self, own_threshold: Callable[[], float], decay: float) -> Rule:
+    def rule(self, threshold: Callable[[Decoding], float], decay: float) -> Rule:
         """When its newest token leaves."""
         decoding = self.decoding
         if decoding.draft_tokens:
             may_draft = len(self.drafts) < min(decoding.draft_tokens, self.num_tokens_left - 1) and not self.stops & set(self.drafts[-1:])
             return Rule(draft=decoding.draft_exit) if may_draft else Rule(verify=True)
-        threshold = own_threshold() if isinstance(decoding.exit_threshold, ExitThreshold) else decoding.exit_threshold
         num_tokens = len(self.tokens)
-        return Rule(threshold=decayed(threshold, decay, num_tokens, num_tokens + self.num_tokens_left))
+        return Rule(threshold=decayed(threshold(decoding), decay, num_tokens, num_tokens + self.num_tokens_left))
 
     def verified(self, tokens: Sequence[int]) -> int:
         """How many drafts are what the full model says, whose tokens after the row's last one and after each draft these are."""
@@ -186,7 +187,7 @@ class Engine:
 
     def _step_with_exits(self, batch: ExitingBatch) -> list[Token]:
         """As `step`, where a row that drafts has no token, and one that verifies has several."""
-        rules = [row.rule(self._own_threshold, batch.heads.settings.decay) for row in self._active]
+        rules = [row.rule(self._threshold, batch.heads.settings.decay) for row in self._active]
         chosen: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
         for said in batch.step(self._inputs, rules):
             tokens, logprobs = self._choose(said.logits, [self._active[place] for place in said.rows])
@@ -216,8 +217,11 @@ class Engine:
     def _threshold_of_model(self) -> float:
         return own_threshold(self.model)
 
-    def _own_threshold(self) -> float:
-        return self._threshold_of_model
+    def _threshold(self, decoding: Decoding) -> float:
+        """What a row's confidence has to be above; what is drafted is verified against the whole model, so nothing of it leaves for good."""
+        if decoding.draft_tokens:
+            return NEVER
+        return self._threshold_of_model if isinstance(decoding.exit_threshold, ExitThreshold) else decoding.exit_threshold
 
     def _new_batch(self) -> Any:
         return self._decoder.new_batch(1) if self._exits is None else ExitingBatch(self._decoder, self._exits)
@@ -243,7 +247,11 @@ class Engine:
                     if token.finish_reason is not None:
                         row = rows[token.row]
                         generated[indexes[row.id]] = Generated(
-                            tokens=tuple(row.tokens), finish_reason=token.finish_reason, logprob_sum=row.logprob_sum, layers=tuple(row.layers)
+                            tokens=tuple(row.tokens),
+                            finish_reason=token.finish_reason,
+                            logprob_sum=row.logprob_sum,
+                            layers=tuple(row.layers),
+                            encoder_layers=row.encoder_layers,
                         )
         except BaseException:  # a call that was interrupted leaves no rows behind
             self._batch = self._new_batch()
@@ -287,7 +295,13 @@ class Engine:
             return
         joining, self._waiting = self._waiting[:num_free], self._waiting[num_free:]
         joining.sort(key=lambda row: -len(row.prompt))
-        self._inputs += self._batch.admit([row.prompt for row in joining])
+        prompts = [row.prompt for row in joining]
+        if isinstance(self._batch, ExitingBatch):
+            self._inputs += self._batch.admit(prompts, [self._threshold(row.decoding) for row in joining])
+            for row, depth in zip(joining, self._batch.encoder_depths[len(self._active) :], strict=False):
+                row.encoder_layers = depth
+        else:
+            self._inputs += self._batch.admit(prompts)
         self._active += joining
 
     def _keep(self, kept: Sequence[int]) -> None:

@@ -75,11 +75,18 @@ class ExitingBatch:
         self.batch: Any = decoder.new_batch(1)
         self.waiting: list[list[int]] = [[] for _ in heads.settings.layers]  # of each exit and row: how many tokens
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Takes prompts into new rows after the present ones, at full depth; the token that each row's first step begins with."""
+    def admit(self, prompts: Sequence[Sequence[int]], thresholds: Sequence[float]) -> list[int]:
+        """Takes prompts into new rows after the present ones; the token that each row's first step begins with.
+
+        They go the whole depth, except where an encoder has exits and a prompt is surer there than its threshold."""
         for at_exit in self.waiting:
             at_exit += [0] * len(prompts)
-        return self.batch.admit(prompts)
+        return self.batch.admit(prompts, thresholds)
+
+    @property
+    def encoder_depths(self) -> Sequence[int]:
+        """How many layers of the encoder each row's prompt went through; nothing of a model without one."""
+        return getattr(self.batch, "encoder_depths", ())
 
     def rearrange(self, order: Sequence[int]) -> None:
         """Keeps the rows `order`, in that order."""
@@ -130,20 +137,20 @@ class ExitingBatch:
         """The states after these layers, and where the measure wants them, those of the newest tokens before the last of them."""
         batch, before_RM = self.batch, None
         is_propagated = self.heads.settings.policy is Policy.PROPAGATED and part.num_queries > 1
-        whole = view if part.is_plain else batch.look_at(part, view)
         newest = part.newest() if is_propagated else part
-        view_of_newest = batch.look_at(newest, view) if is_propagated else whole
+        own = view if part.is_plain else batch.look_at(newest, view)
+        for_keys = batch.look_for_keys(part, view) if is_propagated else own
         for index in indexes:
             if self.heads.measure.needs_before and index == indexes[-1]:
                 before_RM = part.of_newest(hidden_NM).clone()
             if part.is_plain:
-                hidden_NM = batch.layer(index, hidden_NM, whole)
+                hidden_NM = batch.layer(index, hidden_NM, own)
                 continue
-            queries = batch.write(index, hidden_NM, part, whole)
+            queries = batch.write(index, hidden_NM, part, for_keys)
             if is_propagated:
-                hidden_NM[part.newest_R] = batch.read(index, part.of_newest(hidden_NM), part.of_newest(queries), newest, view_of_newest)
+                hidden_NM[part.newest_R] = batch.read(index, part.of_newest(hidden_NM), part.of_newest(queries), newest, own)
             else:
-                hidden_NM = batch.read(index, hidden_NM, queries, part, whole)
+                hidden_NM = batch.read(index, hidden_NM, queries, part, own)
         return hidden_NM, before_RM
 
     def _leave(self, place: int, newest_RM: Tensor, before_RM: Tensor | None, rows: Sequence[int], rules: Sequence[Rule]) -> tuple[list[bool], Said | None]:

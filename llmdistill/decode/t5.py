@@ -20,10 +20,12 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerCros
 
 from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, SlotStore, Window, prefill_chunks
+from llmdistill.decode.encoder_exits import EncoderExits
 from llmdistill.decode.exit_heads import ExitHeads, state_width
 from llmdistill.decode.latent_cross import CrossCache, LatentStore, joint_latent, keeps_latent
 from llmdistill.decode.part import Part
 from llmdistill.decode.t5_encoder import T5Encoder, clamp_float16, feed_forward, keep
+from llmdistill.models.exit_settings import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +71,7 @@ class T5Decoder:
         self.embed_encoder, self.embed = model.encoder.embed_tokens, model.decoder.embed_tokens
         self.dtype = self.embed(torch.tensor([self.start_token], device=self.device)).dtype
         self.encoder = T5Encoder(model.encoder)
+        self.encoder_exits = EncoderExits.of(model)
         cross_attentions = [_cross_attention(block) for block in decoder_blocks]
         self.latent = joint_latent(cross_attentions)
         self.blocks = [_decoder_block(block, reads_latent=self.latent is not None) for block in decoder_blocks]
@@ -109,20 +112,23 @@ class T5Batch:
         where: Any = {"dtype": decoder.dtype, "device": decoder.device}
         self.cross = SlotStore(shapes, **where) if self.latent is None else LatentStore(self.latent.rank, **where)
         self.lengths: list[int] = []  # of the prompts
+        self.encoder_depths: list[int] = []  # how many layers of the encoder each went through
         self._cross_views: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     @property
     def num_rows(self) -> int:
         return self.cache.num_rows
 
-    def admit(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Encodes the prompts into new rows after the present ones; each row's first decoder token."""
+    def admit(self, prompts: Sequence[Sequence[int]], thresholds: Sequence[float] = ()) -> list[int]:
+        """Encodes the prompts into new rows after the present ones; each row's first decoder token.
+
+        `thresholds`: above which confidence a prompt may leave the encoder, one for each; none are given where none may."""
         num_before = self.num_rows
         self.cache.admit([0] * len(prompts))
         num_slots = self.cache.store.num_slots // self.width
         self.cross.reserve(num_slots, max(map(len, prompts)), used_slots=num_before, used_columns=max(self.lengths, default=0))
         for chunk in prefill_chunks([len(prompt) for prompt in prompts], self.decoder.max_prefill_tokens):
-            self._encode(prompts[chunk], num_before + chunk.start)
+            self._encode(prompts[chunk], num_before + chunk.start, thresholds[chunk])
         self.lengths += [len(prompt) for prompt in prompts]
         self._cross_views = None
         return [self.decoder.start_token] * len(prompts)
@@ -131,6 +137,7 @@ class T5Batch:
         """Keeps the rows `order`, in that order."""
         self.cross.rearrange(order, width=1, num_columns=max(self.lengths, default=0))
         self.lengths = [self.lengths[row] for row in order]
+        self.encoder_depths = [self.encoder_depths[row] for row in order]
         self.cache.rearrange(order)
         self._cross_views = None
 
@@ -180,6 +187,10 @@ class T5Batch:
             bias = bias + view.window.hidden[rows][:, None]
         cross = [tuple(None if x is None else _of_rows(x, part) for x in of_layer) for of_layer in view.cross]
         return View(window=view.window, bias=bias.reshape(num_rows * num_heads, num_queries, num_columns), cross=cross)  # pyright: ignore[reportArgumentType]
+
+    def look_for_keys(self, part: Part, view: View) -> View:
+        """What is enough for `write`."""
+        return view
 
     def write(self, index: int, hidden_NM: Tensor, part: Part, view: View) -> Tensor:
         """Layer `index` begins for a part: its keys and values are kept, its queries are the result."""
@@ -241,11 +252,16 @@ class T5Batch:
                 self._cross_views.append((keys.transpose(1, 2), values, hidden))
         return self._cross_views
 
-    def _encode(self, prompts: Sequence[Sequence[int]], first_row: int) -> None:
+    def _encode(self, prompts: Sequence[Sequence[int]], first_row: int, thresholds: Sequence[float]) -> None:
         decoder, lengths = self.decoder, [len(prompt) for prompt in prompts]
         num_rows, num_columns = len(prompts), max(lengths)
         tokens_RE = torch.tensor([[*prompt, *[0] * (num_columns - len(prompt))] for prompt in prompts], device=decoder.device)
-        encoded_REM = decoder.encoder(decoder.embed_encoder(tokens_RE), _hidden_after(lengths, decoder), decoder.clamp)
+        hidden_REM, hidden_R1E = decoder.embed_encoder(tokens_RE), _hidden_after(lengths, decoder)
+        if decoder.encoder_exits is not None and any(threshold < NEVER for threshold in thresholds):
+            encoded_REM, depths = decoder.encoder_exits(decoder.encoder, hidden_REM, lengths, hidden_R1E, decoder.clamp, thresholds)
+        else:
+            encoded_REM, depths = decoder.encoder(hidden_REM, hidden_R1E, decoder.clamp), [len(decoder.encoder.blocks)] * num_rows
+        self.encoder_depths += depths
         if decoder.latent is not None:
             encoded_REM = decoder.latent.project(encoded_REM)
         if isinstance(self.cross, LatentStore):

@@ -61,15 +61,20 @@ class T5Encoder:
         self.norm = modules.norm(stack.final_layer_norm)
 
     def __call__(self, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the decoder reads. hidden_R1E: minus infinity for what is padding; None where nothing is."""
+        return self.norm(self.layers(range(len(self.blocks)), hidden_REM, hidden_R1E, clamp))
+
+    def layers(self, indexes: range, hidden_REM: Tensor, hidden_R1E: Tensor | None, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        """The states after these layers."""
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for qkv, num_heads, add_output, add_feed_forward in self.blocks:
+        for qkv, num_heads, add_output, add_feed_forward in self.blocks[indexes.start : indexes.stop]:
             q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(hidden_REM))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
             hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
             hidden_REM = clamp(add_feed_forward(hidden_REM))
-        return self.norm(hidden_REM)
+        return hidden_REM
 
 
 EncoderBlock: TypeAlias = "tuple[Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"

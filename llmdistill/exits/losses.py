@@ -10,26 +10,18 @@ Shapes: T thresholds, n rows.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmdistill.exits.quality import Quality
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from llmdistill.decode.decoding import Generated
-
-
-class Quality(enum.Enum):
-    """What must not be lost."""
-
-    CORRECT = "correct"
-    """Answers that are right, by the task's known ones."""
-    SAME = "same"
-    """The full student's answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +32,13 @@ class Curve:
     losses_Tn: Float[np.ndarray, "T n"]
     mean_layers_T: Sequence[float]
     """Decoder layers a token."""
+    mean_encoder_layers_T: Sequence[float]
+    """Encoder layers a row; 0 where none can leave early."""
     accuracy_T: Sequence[float | None]
     """None where no answers are known."""
     full_accuracy: float | None
+    full_mean_layers: float
+    """At full depth: all of them."""
 
 
 def curve(
@@ -61,13 +57,14 @@ def curve(
         return np.array([answer is not None and known is not None and same(answer, known) for answer, known in zip(answers, gold, strict=True)], dtype=float)
 
     knows = all(one is not None for one in gold)
-    full = [read(row) for row in decode(1.0)]
-    losses, mean_layers, accuracies = [], [], []
+    at_full_depth = decode(1.0)
+    full = [read(row) for row in at_full_depth]
+    losses, mean_layers, mean_encoder_layers, accuracies = [], [], [], []
     for threshold in thresholds:
         rows = decode(threshold)
         answers = [read(row) for row in rows]
-        layers = [depth for row in rows for depth in row.layers]
-        mean_layers.append(sum(layers) / max(1, len(layers)))
+        mean_layers.append(_mean_layers(rows))
+        mean_encoder_layers.append(sum(row.encoder_layers for row in rows) / len(rows))
         accuracies.append(float(right_n(answers).mean()) if knows else None)
         if quality is Quality.CORRECT:
             losses.append(np.maximum(0.0, right_n(full) - right_n(answers)))
@@ -77,9 +74,16 @@ def curve(
         thresholds=tuple(thresholds),
         losses_Tn=np.array(losses),
         mean_layers_T=mean_layers,
+        mean_encoder_layers_T=mean_encoder_layers,
         accuracy_T=accuracies,
         full_accuracy=float(right_n(full).mean()) if knows else None,
+        full_mean_layers=_mean_layers(at_full_depth),
     )
+
+
+def _mean_layers(rows: Sequence[Generated]) -> float:
+    layers = [depth for row in rows for depth in row.layers]
+    return sum(layers) / max(1, len(layers))
 
 
 def _alike(one: str | None, other: str | None, same: Callable[[str, str], bool]) -> bool:

@@ -10,6 +10,9 @@ While the whole student is trained, layers may be left out: layer l of L (from 0
 last is left out at rate p (Elhoushi et al. 2024, "LayerSkip", section 4.1.1, equation 1). Where we differ: which ones is drawn for a step and not for a row,
 as a function of seed and step, so that neither accumulation nor the number of processes changes it.
 
+Exits of an encoder learn in the same way, from what the whole decoder makes of their states: they are weighted among themselves, and their sums are added to
+those of the decoder's exits. Their gates learn whether all target tokens of a row are then the same as after the whole encoder.
+
 Exits whose vocabulary is a part of the whole learn from the target tokens in it.
 
 Parts, beside those of the multitask loss: exits_label, kl_exits_label, and so on, and gates. Each is a weighted sum over the exits, per target token.
@@ -20,6 +23,7 @@ Shapes: N target tokens without padding, V vocabulary, K tokens of the exits' vo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +34,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmdistill.batches import Batch
-from llmdistill.losses.loss import cross_entropy_P, head_NV, target_states_ND
+from llmdistill.losses.loss import cross_entropy_P, decoded_states, head_NV, target_states_ND
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.losses.recover import KL_OF, token_kl_N
+from llmdistill.losses.t5_forward import encode_states
 from llmdistill.models.anatomy import stacks
 from llmdistill.models.exits import exits_of
 
@@ -86,9 +91,15 @@ class ExitLoss:
         assert found is not None, "the student has exits before it is trained"
         settings, exits = found
         num_parts, num_layers = len(self.multitask.parts), len(stacks(model)[-1].layers)  # pyright: ignore[reportArgumentType]
-        shares = [depth / (sum(settings.layers) + num_layers) for depth in (*settings.layers, num_layers)]
+        shares, encoder_states = _shares(settings.layers, num_layers), []
         with torch.set_grad_enabled(self.trains_whole and torch.is_grad_enabled()):
-            last_ND, states = target_states_ND(model, batch, settings.layers, self.skipped(num_layers, batch.step) if model.training else ())
+            skipped = self.skipped(num_layers, batch.step) if model.training else ()
+            if settings.encoder_layers:
+                encoded_ELD, encoder_states = encode_states(model, batch.input_EL, batch.mask_EL, settings.encoder_layers)
+                last, states = decoded_states(model, batch, encoded_ELD, settings.layers, skipped)
+                last_ND, states = last.index_select(0, batch.position_N), [state.index_select(0, batch.position_N) for state in states]
+            else:
+                last_ND, states = target_states_ND(model, batch, settings.layers, skipped)
             last_NV = head_NV(model, last_ND)
         vocabulary_K = exits.vocabulary_K if settings.num_vocabulary else None
         said_N, targets_N, teacher_NK = _within(vocabulary_K, last_NV, batch.target_N)
@@ -103,11 +114,21 @@ class ExitLoss:
             hard_Q = hard_Q + share * (loss_N @ part_NQ.to(loss_N.dtype))
             kl_N = token_kl_N(logits_NK, teacher_NK, self.temperature)
             soft_Q = soft_Q + share * (kl_N @ part_NQ.to(kl_N.dtype))
-            if self.has_gates:
+            if exits.gates:
                 is_right_N = logits_NK.argmax(-1) == said_N
                 gates = gates + share * F.binary_cross_entropy_with_logits(
                     exits.gates[place](normed_ND.detach())[:, 0], is_right_N.to(normed_ND.dtype), reduction="sum"
                 )
+        for place, share in enumerate(_shares(settings.encoder_layers, len(stacks(model)[0].layers))[:-1]):  # pyright: ignore[reportArgumentType]
+            encoded_ELD = exits.encoded(place, encoder_states[place])
+            logits_NV = head_NV(model, decoded_states(model, batch, encoded_ELD)[0].index_select(0, batch.position_N))
+            hard_Q = hard_Q + share * cross_entropy_P(logits_NV, batch, num_parts=num_parts, label_smoothing=smoothing)
+            kl_N = token_kl_N(logits_NV, last_NV, self.temperature)
+            soft_Q = soft_Q + share * (kl_N @ F.one_hot(batch.part_N, num_parts).to(kl_N.dtype))
+            logit_E = exits.encoder_gate(place, encoded_ELD.detach(), batch.mask_EL)
+            row_N = _row_N(batch)
+            is_right_E = torch.ones_like(logit_E).scatter_reduce_(0, row_N, (logits_NV.argmax(-1) == last_NV.argmax(-1)).to(logit_E.dtype), "amin")
+            gates = gates + share * F.binary_cross_entropy_with_logits(logit_E[row_N], is_right_E[row_N], reduction="sum")
         own_Q = shares[-1] * cross_entropy_P(last_NV, batch, num_parts=num_parts, label_smoothing=smoothing)
         return torch.cat([own_Q, hard_Q, soft_Q, *([gates[None].to(own_Q.dtype)] if self.has_gates else [])])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
@@ -117,6 +138,17 @@ class ExitLoss:
             return []
         draws = np.random.default_rng([self.seed, step]).random(num_layers)
         return [layer for layer, draw in enumerate(draws) if draw < self.layer_dropout * (2 ** (layer / max(1, num_layers - 1)) - 1)]
+
+
+def _shares(layers: Sequence[int], num_layers: int) -> list[float]:
+    """What each exit counts, and the last layer."""
+    return [depth / (sum(layers) + num_layers) for depth in (*layers, num_layers)]
+
+
+def _row_N(batch: Batch) -> Tensor:
+    """The row of the encoder that each target token belongs to."""
+    rows = torch.cat([decoded.rows_G.repeat_interleave(decoded.input_GT.shape[1]) for decoded in batch.decoded])
+    return rows.index_select(0, batch.position_N)
 
 
 def _within(vocabulary_K: Tensor | None, last_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,13 @@ def _without_layers(inner: Any, skipped: Sequence[int]) -> Iterator[None]:
 
 def _decoder_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """The encoder runs once over all rows, the decoder once for each part."""
-    encoded_ELD = encode(model, batch.input_EL, batch.mask_EL)
+    return decoded_states(model, batch, encode(model, batch.input_EL, batch.mask_EL), after, skipped)
+
+
+def decoded_states(
+    model: Any, batch: Batch, encoded_ELD: Float[Tensor, "E L D"], after: Sequence[int] = (), skipped: Sequence[int] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """As `target_states_ND`, at every position of the decoder, for an encoder's output that is given."""
     last: list[Tensor] = []
     states: list[list[Tensor]] = [[] for _ in after]
     for decoded in batch.decoded:

@@ -39,16 +39,26 @@ _OF_STACK = (
 
 def encode(model: Any, input_BL: Int[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
     """The encoder's output."""
+    return encode_states(model, input_BL, mask_BL)[0]
+
+
+def encode_states(
+    model: Any, input_BL: Int[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], after: Sequence[int] = ()
+) -> tuple[Float[Tensor, "B L D"], list[Float[Tensor, "B L D"]]]:
+    """The encoder's output, and the states after so many layers each."""
     stack = model.encoder
     if not is_plain(stack):
-        return stack(input_ids=input_BL, attention_mask=mask_BL).last_hidden_state
+        output = stack(input_ids=input_BL, attention_mask=mask_BL, output_hidden_states=bool(after))
+        return output.last_hidden_state, [output.hidden_states[depth] for depth in after]
     p = _dropout_rate(stack)
     hidden = dropout(stack.embed_tokens(input_BL), p)
     bias = torch.where(mask_BL[:, None, None, :], _position_bias(stack, input_BL.shape[1]), _lowest(hidden))
-    for block in stack.block:
+    states: dict[int, Tensor] = {}
+    for depth, block in enumerate(stack.block, start=1):
         hidden = _self_attention(block.layer[0], hidden, bias, p)
         hidden = _feed_forward(block.layer[1], hidden, p)
-    return dropout(norm(stack.final_layer_norm)(hidden), p)
+        states[depth] = hidden
+    return dropout(norm(stack.final_layer_norm)(hidden), p), [states[depth] for depth in after]
 
 
 def decode(model: Any, input_BL: Int[Tensor, "B L"], encoded_BKD: Float[Tensor, "B K D"], mask_BK: Bool[Tensor, "B K"]) -> Float[Tensor, "B L D"]:

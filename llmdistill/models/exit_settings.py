@@ -1,9 +1,11 @@
 """What a checkpoint says of its exits: `exits` in config.json. No torch, so that settings and stages can hold these.
 
-    "exits": {"layers": [2, 4], "adapter_rank": 0, "num_vocabulary": 0, "has_gates": false, "confidence": "top1", "decay": 0.0, "policy": "deferred",
-              "calibration": {"weights": "<sha256>", "epsilon": 0.05, "quality": "...", "num_rows": 300, "points": [{"delta": 0.02, "threshold": 0.8, ...}]}}
+    "exits": {"layers": [2, 4], "encoder_layers": [], "adapter_rank": 0, "num_vocabulary": 0, "has_gates": false, "confidence": "top1", "decay": 0.0,
+              "policy": "deferred", "calibration": {"weights": "<sha256>", "epsilon": 0.05, "quality": "correct", "num_rows": 300,
+                                                    "points": [{"delta": 0.02, "threshold": 0.8, "mean_loss": 0.01, "mean_layers": 3.1}]}}
 
-A token leaves at an exit where the confidence there is above the threshold. Thresholds are in [0, 1], and 1 never leaves. They are calibrated for the weights
+A token leaves the decoder at an exit where the confidence there is above the threshold. A prompt leaves the encoder of a T5 in the same way, where there are
+exits in it, by their gates alone: a head has nothing to say there. Thresholds are in [0, 1], and 1 never leaves. They are calibrated for the weights
 as they are (exits/calibrate.py), so they come with the digest of these, and whoever reads them for other weights is told so.
 """
 
@@ -81,7 +83,9 @@ class ExitSettings:
     """The exits of a decoder."""
 
     layers: tuple[int, ...]
-    """After how many layers a token may leave; ascending, each less than all of them."""
+    """After how many layers of the decoder a token may leave; ascending, each less than all of them."""
+    encoder_layers: tuple[int, ...] = ()
+    """After how many layers of the encoder a prompt may leave."""
     adapter_rank: int = 0
     """Of a residual low-rank map before an exit's head; 0 for none."""
     num_vocabulary: int = 0
@@ -94,8 +98,9 @@ class ExitSettings:
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
-            raise ValueError(f"the exits are after layers {list(self.layers)}; give one or more numbers of layers, ascending, each 1 or more")
+        for layers in (self.layers, self.encoder_layers):
+            if list(layers) != sorted(set(layers)) or min(layers, default=1) < 1 or not (self.layers or self.encoder_layers):
+                raise ValueError(f"the exits are after layers {list(layers)}; give one or more numbers of layers, ascending, each 1 or more")
         if self.adapter_rank < 0 or self.num_vocabulary < 0:
             raise ValueError(f"adapter_rank is {self.adapter_rank} and num_vocabulary {self.num_vocabulary}; give 0 for none, or more")
         if not 0 <= self.decay < math.inf:
@@ -105,7 +110,8 @@ class ExitSettings:
 
     def to_json(self) -> dict[str, Any]:
         """As config.json has it."""
-        return asdict(self) | {"layers": list(self.layers), "confidence": self.confidence.value, "policy": self.policy.value, "calibration": self._calibrated()}
+        layers = {"layers": list(self.layers), "encoder_layers": list(self.encoder_layers)}
+        return asdict(self) | layers | {"confidence": self.confidence.value, "policy": self.policy.value, "calibration": self._calibrated()}
 
     def _calibrated(self) -> dict[str, Any] | None:
         return None if self.calibration is None else asdict(self.calibration) | {"points": [asdict(point) for point in self.calibration.points]}
@@ -118,7 +124,8 @@ class ExitSettings:
             calibration = fields.pop("calibration")
             if calibration is not None:
                 calibration = Calibration(**calibration | {"points": tuple(Point(**point) for point in calibration["points"])})
-            fields |= {"layers": tuple(fields["layers"]), "confidence": Confidence(fields["confidence"]), "policy": Policy(fields["policy"])}
+            fields |= {"layers": tuple(fields["layers"]), "encoder_layers": tuple(fields["encoder_layers"])}
+            fields |= {"confidence": Confidence(fields["confidence"]), "policy": Policy(fields["policy"])}
             return cls(**fields, calibration=calibration)
         except (KeyError, TypeError) as error:
             raise ValueError(f"`{KEY}` in config.json is not as this llmdistill writes it ({error}); make the exits again, or upgrade llmdistill") from error

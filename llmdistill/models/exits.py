@@ -6,6 +6,9 @@ Each exit has a norm of its own (that of the last layer is fitted to the last la
 up(down(x)) to x, and up starts at zero. The head is the model's own, or those rows of it whose tokens the task's answers hold: the whole head at every exit can
 cost more than the layers that an exit saves. A gate (D -> 1) says from the normed state alone how likely the exit is to say what the last layer would say.
 
+An exit of an encoder is a norm, an adapter and a gate too: norm and adapter make its states what the decoder reads in place of the whole encoder's, and the
+gate judges their mean over the prompt.
+
 They are at `model.exits`; transformers' own forward takes no notice of them, so the checkpoint loads and generates as the full model everywhere.
 
 Shapes: N tokens, D model width, R rank of an adapter, K tokens of the exits' vocabulary.
@@ -20,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmdistill.models.anatomy import stacks
@@ -53,6 +56,10 @@ class Exits(nn.Module):
         self.norms = nn.ModuleList(type(norm)(width, norm.variance_epsilon).to(**where) for _ in settings.layers)
         self.adapters = nn.ModuleList(Adapter(width, settings.adapter_rank, **where) for _ in settings.layers if settings.adapter_rank)
         self.gates = nn.ModuleList(nn.Linear(width, 1, **where) for _ in settings.layers if settings.has_gates)
+        if settings.encoder_layers:
+            self.encoder_norms = nn.ModuleList(type(norm)(width, norm.variance_epsilon).to(**where) for _ in settings.encoder_layers)
+            self.encoder_adapters = nn.ModuleList(Adapter(width, settings.adapter_rank, **where) for _ in settings.encoder_layers if settings.adapter_rank)
+            self.encoder_gates = nn.ModuleList(nn.Linear(width, 1, **where) for _ in settings.encoder_layers)
         if settings.num_vocabulary:
             self.register_buffer("vocabulary_K", torch.zeros(settings.num_vocabulary, dtype=torch.long, device=norm.weight.device))
 
@@ -60,6 +67,16 @@ class Exits(nn.Module):
         """What the head and the gate of an exit get."""
         normed_ND = self.norms[place](state_ND)
         return self.adapters[place](normed_ND) if self.adapters else normed_ND
+
+    def encoded(self, place: int, state_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """What the decoder reads of prompts that leave the encoder at an exit."""
+        normed_BLD = self.encoder_norms[place](state_BLD)
+        return self.encoder_adapters[place](normed_BLD) if self.encoder_adapters else normed_BLD
+
+    def encoder_gate(self, place: int, encoded_BLD: Float[Tensor, "B L D"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+        """The logit of how likely the answer is then what it is after the whole encoder."""
+        shares_BL1 = mask_BL[:, :, None].to(encoded_BLD.dtype) / mask_BL.sum(1)[:, None, None]
+        return self.encoder_gates[place]((encoded_BLD * shares_BL1).sum(1))[:, 0]
 
 
 def exits_of(model: Any) -> tuple[ExitSettings, Exits] | None:
@@ -75,10 +92,12 @@ def add_exits(model: Any, settings: ExitSettings, vocabulary: Sequence[int] = ()
     if len(vocabulary) != settings.num_vocabulary:
         raise ValueError(f"num_vocabulary is {settings.num_vocabulary}, and {len(vocabulary)} tokens are given")
     exits = attach(model, settings)
-    last = stacks(model)[-1].norm
+    first, last = stacks(model)[0].norm, stacks(model)[-1].norm
     with torch.no_grad():
         for norm in exits.norms:
             norm.weight.copy_(last.weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for norm in exits.encoder_norms if settings.encoder_layers else ():
+            norm.weight.copy_(first.weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if settings.num_vocabulary:
             exits.vocabulary_K.copy_(torch.tensor(vocabulary))
     setattr(model.config, KEY, settings.to_json())
@@ -88,8 +107,12 @@ def add_exits(model: Any, settings: ExitSettings, vocabulary: Sequence[int] = ()
 def attach(model: Any, settings: ExitSettings) -> Exits:
     """The modules, in their place and still empty."""
     num_layers = len(stacks(model)[-1].layers)
-    if settings.layers[-1] >= num_layers:
+    if max(settings.layers, default=0) >= num_layers:
         raise ValueError(f"the exits are after layers {list(settings.layers)}, and the decoder has {num_layers}: each must be less")
+    if settings.encoder_layers and len(stacks(model)) < 2:
+        raise ValueError(f"encoder_layers is {list(settings.encoder_layers)}, and a {type(model).__name__} has no encoder: leave it empty")
+    if max(settings.encoder_layers, default=0) >= len(stacks(model)[0].layers):
+        raise ValueError(f"the encoder's exits are after layers {list(settings.encoder_layers)}, and it has {len(stacks(model)[0].layers)}: each must be less")
     model.exits = Exits(model, settings)
     return model.exits
 

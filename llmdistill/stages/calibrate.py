@@ -20,9 +20,8 @@ from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage, speed
 from llmdistill.decode.decoding import Decoding, Generated
-from llmdistill.exits.guarantee import THRESHOLDS, fewest_rows, last_safe, threshold_at, violations
-from llmdistill.exits.losses import Curve, Quality, curve
-from llmdistill.models.exit_settings import Calibration, Confidence, ExitSettings, Point, Policy
+from llmdistill.exits.quality import Quality
+from llmdistill.models.exit_settings import NEVER, Calibration, Confidence, ExitSettings, Point, Policy
 from llmdistill.stages import scoring
 from llmdistill.stages.answering import PREDICT, Answering
 from llmdistill.stages.evaluate import device_name
@@ -30,6 +29,8 @@ from llmdistill.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llmdistill.exits.losses import Curve
 
 log = logging.getLogger(__name__)
 NUM_SPLITS = 200
@@ -93,7 +94,10 @@ class CalibrateExits(Stage[Checkpoint]):
             raise ValueError(f"the student of {self.checkpoint.name!r} has no exits, so there is no threshold to find: train some first (the TrainExits stage)")
         return replace(settings, confidence=self.confidence, policy=self.policy, decay=self.decay, calibration=None)
 
-    def _curve(self, run: Run, student: Answering) -> Curve:
+    def _curve(self, run: Run, student: Answering) -> "Curve":
+        from llmdistill.exits.guarantee import THRESHOLDS, fewest_rows
+        from llmdistill.exits.losses import curve
+
         rows = scoring.rows_of_split(self.task, self.split)
         texts = [self.task.text(row) for row in rows]
         for delta in self.deltas:
@@ -112,14 +116,18 @@ class CalibrateExits(Stage[Checkpoint]):
             answer = self.task.answer
             return curve(decode, lambda row: answer.parse(student.decoded(row)), answer.same, [row.gold for row in rows], self.quality, THRESHOLDS)
 
-    def _point(self, found: Curve, delta: float) -> Point:
+    def _point(self, found: "Curve", delta: float) -> Point:
+        from llmdistill.exits.guarantee import last_safe
+
         place = last_safe(found.losses_Tn, delta, self.epsilon)
         if place is None:
-            return Point(delta=delta, threshold=threshold_at(None, THRESHOLDS), mean_loss=0.0, mean_layers=float(max(found.mean_layers_T)))
+            return Point(delta=delta, threshold=NEVER, mean_loss=0.0, mean_layers=found.full_mean_layers)
         mean_loss, mean_layers = float(found.losses_Tn[place].mean()), float(found.mean_layers_T[place])
         return Point(delta=delta, threshold=found.thresholds[place], mean_loss=mean_loss, mean_layers=mean_layers)
 
-    def _figures(self, found: Curve, points: Sequence[Point], settings: ExitSettings) -> dict[str, JsonScalar]:
+    def _figures(self, found: "Curve", points: Sequence[Point], settings: ExitSettings) -> dict[str, JsonScalar]:
+        from llmdistill.exits.guarantee import violations
+
         first = points[0]
         figures: dict[str, JsonScalar] = {
             "num_rows": found.losses_Tn.shape[1],
@@ -128,6 +136,8 @@ class CalibrateExits(Stage[Checkpoint]):
             "mean_layers": round(first.mean_layers, 3),
             "mean_loss": round(first.mean_loss, 5),
         }
+        if settings.encoder_layers and first.threshold in found.thresholds:
+            figures["mean_encoder_layers"] = round(found.mean_encoder_layers_T[found.thresholds.index(first.threshold)], 3)
         for point in points[1:]:
             figures |= {f"threshold_at_{point.delta:g}": round(point.threshold, 6), f"mean_layers_at_{point.delta:g}": round(point.mean_layers, 3)}
         for point in points:
@@ -137,7 +147,7 @@ class CalibrateExits(Stage[Checkpoint]):
         return figures
 
 
-def _record(stage: CalibrateExits, found: Curve, points: Sequence[Point], model: Any) -> dict[str, Any]:
+def _record(stage: CalibrateExits, found: "Curve", points: Sequence[Point], model: Any) -> dict[str, Any]:
     """calibration.json."""
     from llmdistill.models.anatomy import stacks
 
@@ -150,8 +160,10 @@ def _record(stage: CalibrateExits, found: Curve, points: Sequence[Point], model:
         "num_layers": len(stacks(model)[-1].layers),
         "full_accuracy": found.full_accuracy,
         "curve": [
-            {"threshold": threshold, "mean_loss": float(losses.mean()), "mean_layers": layers, "accuracy": accuracy}
-            for threshold, losses, layers, accuracy in zip(found.thresholds, found.losses_Tn, found.mean_layers_T, found.accuracy_T, strict=True)
+            {"threshold": threshold, "mean_loss": float(losses.mean()), "mean_layers": layers, "mean_encoder_layers": encoder, "accuracy": accuracy}
+            for threshold, losses, layers, encoder, accuracy in zip(
+                found.thresholds, found.losses_Tn, found.mean_layers_T, found.mean_encoder_layers_T, found.accuracy_T, strict=True
+            )
         ],
         "points": [{"delta": point.delta, "threshold": point.threshold, "mean_layers": point.mean_layers} for point in points],
     }

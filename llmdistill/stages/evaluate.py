@@ -76,6 +76,7 @@ class Evaluate(Stage[Evaluation]):
             **scoring.score(self.task, rows, lines),
             "num_cut_short": sum(answer.finish_reason == "length" for answer in generated),
             "layers_per_token": _mean([num_layers for answer in generated for num_layers in answer.layers]),
+            "encoder_layers_per_row": _mean([answer.encoder_layers for answer in generated]),
             "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
             "weight_bytes": scoring.weight_bytes(folder),
             **_speed(student, texts, self),

@@ -65,6 +65,8 @@ class TrainExits(Stage[Checkpoint]):
     """Evenly spread over the decoder's layers; fewer where it has fewer."""
     layers: tuple[int, ...] = ()
     """After which layers instead; empty for evenly spread ones."""
+    encoder_layers: tuple[int, ...] = ()
+    """After which layers of a T5's encoder a prompt may leave; for short answers, where the encoder is most of the work."""
     adapter_rank: int = 0
     vocabulary: Vocabulary = Vocabulary.OF_ROWS
     gates: bool = True
@@ -148,6 +150,7 @@ class TrainExits(Stage[Checkpoint]):
         vocabulary = self._vocabulary(self._examples(rows, "train", tokenizer, model), model) if self.vocabulary is Vocabulary.OF_ROWS else []
         settings = ExitSettings(
             layers=layers,
+            encoder_layers=self.encoder_layers,
             adapter_rank=self.adapter_rank,
             num_vocabulary=len(vocabulary),
             has_gates=self.gates,
@@ -180,7 +183,7 @@ class TrainExits(Stage[Checkpoint]):
 
         return ExitLoss(
             multitask=self.loss,
-            has_gates=self.gates,
+            has_gates=self.gates or bool(self.encoder_layers),
             trains_whole=self.trains is Trains.WHOLE,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
@@ -200,6 +203,7 @@ class TrainExits(Stage[Checkpoint]):
         settings = ExitSettings.from_json(model.config.exits)  # pyright: ignore[reportArgumentType]
         sizes: dict[str, JsonScalar] = {
             "exit_layers": ", ".join(map(str, settings.layers)),
+            "encoder_exit_layers": ", ".join(map(str, settings.encoder_layers)),
             "exit_parameters": sum(parameter.numel() for parameter in model.exits.parameters()),  # pyright: ignore[reportAttributeAccessIssue]
             "exit_vocabulary": settings.num_vocabulary,
         }
@@ -223,11 +227,12 @@ def _float32() -> Any:
 def _card(stage: TrainExits, source: Checkpoint, figures: Mapping[str, JsonScalar]) -> str:
     """README.md: what the student says of itself, and where it may be left."""
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    encoder = f" and a prompt the encoder after {figures['encoder_exit_layers']}" if stage.encoder_layers else ""
     return f"""{source.model_card().rstrip()}
 
 # {stage.name}: exits
-A token may leave the decoder after layer {figures["exit_layers"]}, where llmdistill decodes and a threshold says when; until one is calibrated, none leaves. In
-transformers' own `generate` it is the full model.
+A token may leave the decoder after layer {figures["exit_layers"]}{encoder},
+where llmdistill decodes and a threshold says when; until one is calibrated, none leaves. In transformers' own `generate` it is the full model.
 
 | figure | value |
 |---|---|

