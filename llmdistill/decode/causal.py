@@ -25,6 +25,8 @@ from llmdistill.decode import modules
 from llmdistill.decode.cache import COLUMN_BLOCK, KVCache, Window, prefill_chunks
 from llmdistill.decode.exit_heads import ExitHeads, state_width
 from llmdistill.decode.part import Part
+from llmdistill.decode.skipped import SkippedResidual, layer_gate, of_open, open_tokens, put_back
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,8 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 def feed_forward(norm_module: nn.Module, mlp: Any) -> Callable[[Tensor], Tensor]:
     """hidden -> hidden + down(act(gate(norm(hidden))) * up(norm(hidden)))."""
+    if modules.is_stock(mlp, SkippedFeedForward):
+        return SkippedResidual(norm_module, mlp)
     if not modules.is_stock(mlp, LlamaMLP, Qwen2MLP):
         norm = modules.norm(norm_module)
         return lambda hidden: hidden + mlp(norm(hidden))
@@ -62,6 +66,7 @@ class StockFeedForward:
 class Layer:
     """The callables of one layer."""
 
+    gate: Callable[[Tensor], Tensor] | None  # whether a token goes through
     qkv: Callable[[Tensor], Tensor]  # of the norm
     add_output: Callable[[Tensor, Tensor], Tensor]
     feed_forward: Callable[[Tensor], Tensor]
@@ -69,6 +74,10 @@ class Layer:
     num_groups: int  # query heads for each of them
     head_width: int
     scale: float
+
+    def finish(self, hidden_NM: Tensor, attended: Tensor, open_O: Tensor | None) -> Tensor:
+        """What comes after attention, for the open tokens; the states of the others stay."""
+        return put_back(hidden_NM, self.feed_forward(self.add_output(of_open(hidden_NM, open_O), of_open(attended, open_O))), open_O)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +191,12 @@ class CausalBatch:
         queries, keys_values = self._rotated(layer, hidden_SM, view)
         view.window.written[index][0].copy_(keys_values[0])
         view.window.written[index][1].copy_(keys_values[1])
+        open_O = open_tokens(layer.gate, hidden_SM)
+        if open_O is not None and not len(open_O):
+            return hidden_SM
         queries = queries.reshape(num_slots * layer.num_heads, layer.num_groups, layer.head_width)
         attended = modules.attend(queries, view.window.keys[index], view.window.values[index], _bias(view, layer), layer.scale)
-        return layer.feed_forward(layer.add_output(hidden_SM, attended.view(num_slots, -1)))
+        return layer.finish(hidden_SM, attended.view(num_slots, -1), open_O)
 
     def look_at(self, part: Part, view: View) -> View:
         """What the layers see for a part; of batches with one slot a row."""
@@ -211,6 +223,9 @@ class CausalBatch:
     def read(self, index: int, hidden_NM: Tensor, queries_NQD: Tensor, part: Part, view: View) -> Tensor:
         """Layer `index` goes on from the queries. The states may be overwritten."""
         layer, num_queries = self.decoder.layers[index], part.num_queries
+        open_O = open_tokens(layer.gate, hidden_NM)
+        if open_O is not None and not len(open_O):
+            return hidden_NM
         keys, values = self.cache.of_rows(index, part, view.window)
         by_head = (len(part.rows), num_queries, layer.num_heads, layer.num_groups, layer.head_width)
         padded = part.padded(queries_NQD).reshape(by_head).transpose(1, 2).reshape(-1, num_queries * layer.num_groups, layer.head_width)
@@ -219,7 +234,7 @@ class CausalBatch:
             bias = bias.repeat_interleave(layer.num_groups, 1)
         attended = modules.attend(padded, keys, values, bias, layer.scale)
         attended = attended.view(len(part.rows), layer.num_heads, num_queries, -1).transpose(1, 2).reshape(len(part.rows) * num_queries, -1)
-        return layer.feed_forward(layer.add_output(hidden_NM, part.unpadded(attended)))
+        return layer.finish(hidden_NM, part.unpadded(attended), open_O)
 
     def _rotated(self, layer: Layer, hidden_NM: Tensor, view: View) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Queries, and keys and values, of any tokens."""
@@ -254,10 +269,14 @@ class CausalBatch:
                 stored[place, slots, :, columns] = states if self.width == 1 else states.repeat_interleave(self.width, 0)
             if layer is decoder.layers[-1]:
                 break
+            open_O = open_tokens(layer.gate, hidden.view(-1, hidden.shape[-1]))
+            if open_O is not None and not len(open_O):
+                continue
             if layer.num_groups > 1:
                 keys, values = (x.repeat_interleave(layer.num_groups, 1) for x in (keys, values))
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=layer.scale)
-            hidden = layer.feed_forward(layer.add_output(hidden, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
+            attended = attended.transpose(1, 2).reshape(num_rows * num_columns, -1)
+            hidden = layer.finish(hidden.view(len(attended), -1), attended, open_O).view(hidden.shape)
 
 
 def _bias(view: View, layer: Layer) -> Tensor | None:
@@ -275,6 +294,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _layer(layer: Any) -> Layer:
     attention = modules.opened(modules.opened(layer, LlamaDecoderLayer, Qwen2DecoderLayer).self_attn, LlamaAttention, Qwen2Attention)
     return Layer(
+        gate=layer_gate(layer),
         qkv=modules.normed_joint(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
         add_output=modules.residual_linear(attention.o_proj),
         feed_forward=feed_forward(layer.post_attention_layernorm, layer.mlp),

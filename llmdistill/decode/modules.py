@@ -25,6 +25,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from llmdistill.decode.int8 import Int8FeedForward, Int8Joint, Int8Normed, reciprocal_root_mean_square
 from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.skipped_layer import SkippedLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +45,9 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def opened(module: Any, *classes: type[nn.Module]) -> Any:
-    """The module, whose submodules the engine runs in place of its forward, which must be that of one of these classes."""
-    if "forward" in vars(module) or not any(isinstance(module, one) and type(module).forward is one.forward for one in classes):
+    """The module, whose submodules the engine runs in place of its forward, which must be that of one of these classes, skipped or not (skipped.py)."""
+    is_known = isinstance(module, SkippedLayer) or any(isinstance(module, one) and type(module).forward is one.forward for one in classes)
+    if "forward" in vars(module) or not is_known:
         names = " or ".join(one.__name__ for one in classes)
         raise ValueError(
             f"the decode engine runs what is inside a {names} itself, and this {type(module).__name__} has a forward of its own; "

@@ -24,6 +24,7 @@ from llmdistill.decode.encoder_exits import EncoderExits
 from llmdistill.decode.exit_heads import ExitHeads, state_width
 from llmdistill.decode.latent_cross import CrossCache, LatentStore, joint_latent, keeps_latent
 from llmdistill.decode.part import Part
+from llmdistill.decode.skipped import layer_gate, of_open, open_tokens, put_back
 from llmdistill.decode.t5_encoder import T5Encoder, clamp_float16, feed_forward, keep
 from llmdistill.models.exit_settings import NEVER
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 class DecoderBlock:
     """The callables of one decoder block."""
 
+    gate: Callable[[Tensor], Tensor] | None  # whether a token goes through
     self_qkv: Callable[[Tensor], Tensor]  # of the norm
     add_self_output: Callable[[Tensor, Tensor], Tensor]
     cross_q: Callable[[Tensor], Tensor]  # of the norm
@@ -168,12 +170,23 @@ class T5Batch:
         num_slots, num_heads = hidden_SM.shape[0], block.num_heads
         qkv_S3HD = block.self_qkv(hidden_SM).view(num_slots, 3, num_heads, block.head_width)
         view.window.written[index].copy_(qkv_S3HD[:, 1:].transpose(0, 1))
+        open_O = open_tokens(block.gate, hidden_SM)
+        if open_O is not None and not len(open_O):
+            return hidden_SM
         queries = qkv_S3HD[:, 0].reshape(num_slots * num_heads, 1, block.head_width)
-        attended = modules.attend(queries, view.window.keys[index], view.window.values[index], view.bias, 1.0)
-        hidden_SM = self.decoder.clamp(block.add_self_output(hidden_SM, attended.view(num_slots, -1)))
-        attended = self._attend_cross(index, block.cross_q(hidden_SM), view.cross[index], self.width)
-        hidden_SM = self.decoder.clamp(block.add_cross_output(hidden_SM, attended))
-        return self.decoder.clamp(block.feed_forward(hidden_SM))
+        attended = modules.attend(queries, view.window.keys[index], view.window.values[index], view.bias, 1.0).view(num_slots, -1)
+        through_OM = self.decoder.clamp(block.add_self_output(of_open(hidden_SM, open_O), of_open(attended, open_O)))
+        return put_back(hidden_SM, self._across(index, through_OM, view, self.width, open_O, num_slots), open_O)
+
+    def _across(self, index: int, hidden_OM: Tensor, view: View, num_queries: int, open_O: Tensor | None, num_slots: int) -> Tensor:
+        """Layer `index` after self-attention, for the open ones of so many slots."""
+        block = self.decoder.blocks[index]
+        queries = block.cross_q(hidden_OM)
+        if open_O is not None:
+            queries = queries.new_zeros(num_slots, queries.shape[1]).index_copy_(0, open_O, queries)
+        attended = of_open(self._attend_cross(index, queries, view.cross[index], num_queries), open_O)
+        hidden_OM = self.decoder.clamp(block.add_cross_output(hidden_OM, attended))
+        return self.decoder.clamp(block.feed_forward(hidden_OM))
 
     def look_at(self, part: Part, view: View) -> View:
         """What the layers see for a part; of batches with one slot a row."""
@@ -202,14 +215,20 @@ class T5Batch:
     def read(self, index: int, hidden_NM: Tensor, queries_NHD: Tensor, part: Part, view: View) -> Tensor:
         """Layer `index` goes on from the queries. The states may be overwritten."""
         block, num_queries = self.decoder.blocks[index], part.num_queries
+        open_O = open_tokens(block.gate, hidden_NM)
+        if open_O is not None and not len(open_O):
+            return hidden_NM
         keys, values = self.cache.of_rows(index, part, view.window)
         padded = part.padded(queries_NHD).view(-1, num_queries, block.num_heads, block.head_width).transpose(1, 2).reshape(-1, num_queries, block.head_width)
         attended = modules.attend(padded, keys, values, view.bias, 1.0)
         attended = attended.view(-1, block.num_heads, num_queries, block.head_width).transpose(1, 2).reshape(len(part.rows) * num_queries, -1)
+        before_NM = None if open_O is None else hidden_NM.clone()
         hidden_NM = self.decoder.clamp(block.add_self_output(hidden_NM, part.unpadded(attended)))
         attended = self._attend_cross(index, part.padded(block.cross_q(hidden_NM)), view.cross[index], num_queries)
         hidden_NM = self.decoder.clamp(block.add_cross_output(hidden_NM, part.unpadded(attended)))
-        return self.decoder.clamp(block.feed_forward(hidden_NM))
+        if before_NM is None:
+            return self.decoder.clamp(block.feed_forward(hidden_NM))
+        return put_back(before_NM, self.decoder.clamp(block.feed_forward(of_open(hidden_NM, open_O))), open_O)
 
     def _attend_cross(self, index: int, queries: Tensor, cross: tuple[Tensor, Tensor, Tensor | None], num_queries: int) -> Tensor:
         """Cross-attention of layer `index` for so many queries a row, which are beams or tokens: they go to one copy of its keys."""
@@ -279,6 +298,7 @@ def _decoder_block(block: Any, *, reads_latent: bool) -> DecoderBlock:
     cross_attention = _cross_attention(block)
     cross_kv = [cross_attention.k, cross_attention.v]
     return DecoderBlock(
+        gate=layer_gate(block),
         self_qkv=modules.normed_joint(own.layer_norm, [attention.q, attention.k, attention.v]),
         add_self_output=modules.residual_linear(attention.o),
         cross_q=modules.normed_joint(cross.layer_norm, [cross_attention.q]),

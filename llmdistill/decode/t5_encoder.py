@@ -3,7 +3,7 @@
 The arithmetic is that of transformers' T5Stack. Where it runs cheaper: q, k, v and the feed-forward as llmdistill.decode.modules says, the relative bias
 and the mask are joined once for all layers, and only where prompts differ in length is there a mask.
 
-Shapes: R rows, E encoder columns, M model width.
+Shapes: R rows, E encoder columns, N tokens of all rows, O those that go through a layer (skipped.py), M model width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5DenseActDense, T5DenseGatedActDense, T5LayerFF, T5LayerSelfAttention, T5Stack
 
 from llmdistill.decode import modules
+from llmdistill.decode.skipped import SkippedResidual, layer_gate, of_open, open_tokens, put_back
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +29,8 @@ def feed_forward(layer: Any) -> Callable[[Tensor], Tensor]:
     if not modules.is_stock(layer, T5LayerFF):
         return layer
     dense = layer.DenseReluDense
+    if modules.is_stock(dense, SkippedFeedForward):
+        return SkippedResidual(layer.layer_norm, dense)
     if not modules.is_stock(dense, T5DenseActDense, T5DenseGatedActDense):
         norm = modules.norm(layer.layer_norm)
         return lambda hidden: hidden + dense(norm(hidden))
@@ -69,23 +73,30 @@ class T5Encoder:
         num_rows, num_columns, _ = hidden_REM.shape
         bias = self.relative_bias.compute_bias(num_columns, num_columns, device=hidden_REM.device)
         bias = bias if hidden_R1E is None else bias + hidden_R1E[:, None]
-        for qkv, num_heads, add_output, add_feed_forward in self.blocks[indexes.start : indexes.stop]:
+        for gate, qkv, num_heads, add_output, add_feed_forward in self.blocks[indexes.start : indexes.stop]:
+            hidden_NM = hidden_REM.reshape(num_rows * num_columns, -1)
+            open_O = open_tokens(gate, hidden_NM)
+            if open_O is not None and not len(open_O):
+                continue
             q, k, v = (states.view(num_rows, num_columns, num_heads, -1).transpose(1, 2) for states in qkv(hidden_REM))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
-            hidden_REM = clamp(add_output(hidden_REM, attended.transpose(1, 2).reshape(num_rows, num_columns, -1)))
-            hidden_REM = clamp(add_feed_forward(hidden_REM))
+            attended = attended.transpose(1, 2).reshape(num_rows * num_columns, -1)
+            through_OM = clamp(add_output(of_open(hidden_NM, open_O), of_open(attended, open_O)))
+            hidden_REM = put_back(hidden_NM, clamp(add_feed_forward(through_OM)), open_O).view(num_rows, num_columns, -1)
         return hidden_REM
 
 
-EncoderBlock: TypeAlias = "tuple[Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
-"""q k v of the norm, number of heads, what adds the attention's output, the feed-forward."""
+EncoderBlock: TypeAlias = (
+    "tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Sequence[Tensor]], int, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]"
+)
+"""The gate, q k v of the norm, number of heads, what adds the attention's output, the feed-forward."""
 
 
 def _encoder_block(block: Any) -> EncoderBlock:
     own, last = modules.opened(block, T5Block).layer
     attention = modules.opened(modules.opened(own, T5LayerSelfAttention).SelfAttention, T5Attention)
     qkv = modules.normed_separate(own.layer_norm, [attention.q, attention.k, attention.v])
-    return qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
+    return layer_gate(block), qkv, attention.n_heads, modules.residual_linear(attention.o), feed_forward(last)
 
 
 def keep(hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from llmdistill.elastic.shape import ModelShape, StackShape
 from llmdistill.models.anatomy import Place, Stack, embeddings, stacks
+from llmdistill.models.deciding import deciding
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.resized import ffn_width, num_heads
 from llmdistill.models.t5 import head_is_tied
@@ -24,6 +25,9 @@ def shape_of(model: Any) -> ModelShape:
             f"the embedding is a {_kind(embedding)} module, and elastic students have a plain one: factorise attention and feed-forward alone (SVD.scope), "
             "and quantize after extraction"
         )
+    gated = next(iter(deciding(model)), None)
+    if gated is not None:
+        raise ValueError(f"{gated} is a {_kind(model.get_submodule(gated))} module, whose gate sub-networks would share: extract one first, and gate that")
     family = {"t5": "t5", "llama": "llama", "qwen2": "qwen2"}[model.config.model_type.removeprefix("llmdistill_")]
     return ModelShape(
         architecture=family,

