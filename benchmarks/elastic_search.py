@@ -1,12 +1,17 @@
-"""The front that each search finds with the same number of true evaluations: `python benchmarks/elastic_search.py`.
+"""The front that each search finds with the same number of true evaluations, and how well accuracies are predicted: `python benchmarks/elastic_search.py`.
 
     llmdistill run quickstart
     python benchmarks/elastic_search.py
+    python benchmarks/elastic_search.py --student 't5:midi?lower_case=true' --epochs 8
 
-On the quickstart's elastic student every method asks the same question: what is the accuracy of this sub-network on the validation rows (nothing is
-predicted), and what does it cost in parameters. One evaluation is one accuracy on all rows; gradients are counted by the rows that they look at
-(elastic/question.py). Told is the hypervolume of the front, as a share of what no cost and no error would have, the best accuracy within half of the
-parameters, and the same for all sub-networks, which is the most that any method can find. The space is even, so that all of it can be measured, once.
+On the quickstart's elastic student (or on another one, made elastic as benchmarks/elastic.py does with seed 0) every method asks the same question: what is
+the accuracy of this sub-network on the validation rows (nothing is predicted), and what does it cost in parameters. One evaluation is one accuracy on all rows;
+gradients are counted by the rows that they look at (elastic/question.py). Told is the hypervolume of the front, as a share of what no cost and no error would
+have, the best accuracy within half of the parameters, and the same for all sub-networks, which is the most that any method can find. The space is even, so that
+all of it can be measured, once.
+
+The predictor of accuracy (elastic/accuracy_predictor.py) is fitted to as many sub-networks as there are evaluations, drawn at random; told is how it orders all
+the others (Kendall's tau), and its mean error on them.
 """
 
 from __future__ import annotations
@@ -14,14 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
+from elastic import QUICKSTART, student_option
 
 from llmdistill.core.graph import Graph
 from llmdistill.core.pipeline import load
 from llmdistill.core.store import Store
+from llmdistill.elastic.accuracy_predictor import PredictorSettings, fit
+from llmdistill.elastic.agreement import kendall_tau
 from llmdistill.elastic.choice import Subnet, parse, write
 from llmdistill.elastic.controller import Controller
 from llmdistill.elastic.cost import num_parameters
@@ -31,12 +41,13 @@ from llmdistill.elastic.kept import space_of
 from llmdistill.elastic.nsga2 import NSGA2
 from llmdistill.elastic.question import Candidate, Question, Search, Supernet, hypervolume, search
 from llmdistill.elastic.random_search import RandomSearch
+from llmdistill.elastic.space import Space
 from llmdistill.elastic.subnet import with_subnet
-from llmdistill.losses.multitask import LabelOnly, Lesson
+from llmdistill.losses.multitask import LabelOnly, lessons_of
+from llmdistill.models.student import ScratchT5
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.elastic import Elastic
 
-QUICKSTART = Path(__file__).parent.parent / "pipelines" / "quickstart.py"
 METHODS: dict[str, Search] = {
     "random": RandomSearch(),
     "evolution": Evolution(),
@@ -50,20 +61,21 @@ METHODS: dict[str, Search] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("runs/store"), help="where the quickstart's stages are")
+    parser.add_argument("--student", type=student_option, default=ScratchT5(lower_case=True), help="a T5, as the quickstart takes it")
+    parser.add_argument("--epochs", type=float, default=12, help="of the elastic training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--kept", type=Path, default=Path("runs/elastic_search.json"), help="where accuracies are kept that were measured")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the figures")
     arguments = parser.parse_args()
     store = Store(arguments.store)
-    elastic = {stage.name: stage for stage in Graph.above(load(QUICKSTART)()).stages}["elastic"]
+    elastic = {stage.name: stage for stage in Graph.above(load(QUICKSTART)(student=arguments.student, elastic_epochs=arguments.epochs)).stages}["elastic"]
     assert isinstance(elastic, Elastic)
     student = Answering.load(store.build(elastic).folder, device="cpu", max_batch_rows=64)
     rows = [row for row in store.artifact(elastic.rationales).rows() if row.split == "validation"]
     space = space_of(student.model)
     accuracies = _all_accuracies(student, elastic, rows, arguments.kept)
-    lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
-    examples = LabelOnly().examples(lessons, student.tokenizer, student.model.config, max_input_tokens=512, max_target_tokens=128)
+    examples = LabelOnly().examples(lessons_of(rows), student.tokenizer, student.model.config, max_input_tokens=512, max_target_tokens=128)
     supernet = Supernet(model=student.model, examples=examples, loss=LabelOnly())
     whole = num_parameters(space, space.largest())
 
@@ -73,6 +85,14 @@ def main() -> None:
     everything = [Candidate(subnet=subnet, accuracy=accuracy, costs=costs(subnet)) for subnet, accuracy in accuracies.items()]
     print(f"{len(rows)} validation rows; all {len(everything)} sub-networks: {told(everything, whole)}")
     figures: list[dict[str, Any]] = []
+    for budget in arguments.budgets:
+        qualities = [predicted(space, accuracies, budget, seed) for seed in arguments.seeds]
+        figures += [{"num_samples": budget, "seed": seed} | quality for seed, quality in zip(arguments.seeds, qualities, strict=True)]
+        print(
+            f"predictor of {budget:4} samples, on the other {len(everything) - budget}: "
+            + " | ".join(f"tau {one['kendall_tau']:.2f}, {100 * one['mean_absolute_error']:.1f} points" for one in qualities),
+            flush=True,
+        )
     for budget in arguments.budgets:
         for name, method in METHODS.items():
             found = []
@@ -95,6 +115,17 @@ def measures(candidates: list[Candidate], whole: int) -> dict[str, float]:
 def told(candidates: list[Candidate], whole: int) -> str:
     figures = measures(candidates, whole)
     return f"{figures['hypervolume']:.4f}, {100 * figures['best_within_half']:.1f}%"
+
+
+def predicted(space: Space, accuracies: Mapping[Subnet, float], num_samples: int, seed: int) -> dict[str, float]:
+    """How well a predictor that is fitted to so many says what the others have."""
+    subnets = list(accuracies)
+    Random(seed).shuffle(subnets)
+    samples, others = subnets[:num_samples], subnets[num_samples:]
+    predictor = fit(space, [(subnet, accuracies[subnet]) for subnet in samples], PredictorSettings(seed=seed))
+    told, measured = predictor.predict(others), [accuracies[subnet] for subnet in others]
+    error = statistics.mean(abs(one - true) for one, true in zip(told, measured, strict=True))
+    return {"kendall_tau": kendall_tau(told, measured), "mean_absolute_error": error}
 
 
 def _mean(found: list[list[Candidate]], whole: int) -> float:

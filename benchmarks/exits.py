@@ -14,6 +14,9 @@ measured on the others.
     violations              share of 200 calibrations on rows redrawn from all whose expected loss, the mean over all rows, is above delta
     policies                keys and values computed (deferred) or propagated: accuracy, layers and wall clock at the same threshold
 
+`--students heads` trains nothing: a T5 of T5-small's shape with random weights and exits after 2 and 4 of its 6 layers, 32 tokens out. What a confidence costs
+is full depth over full depth with every token judged at both exits and none leaving; what it leaves to gain, the same with all leaving at the first.
+
 The confidence is the one, of those asked for, that goes through the fewest layers at the first delta on the calibration rows.
 """
 
@@ -31,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import T5Config
 
 from llmdistill.core.graph import Graph
 from llmdistill.core.pipeline import load
@@ -41,9 +45,10 @@ from llmdistill.exits.guarantee import THRESHOLDS, last_safe, threshold_at, viol
 from llmdistill.exits.losses import Curve, curve
 from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly
-from llmdistill.models.exit_settings import Confidence, Policy, read_exits
-from llmdistill.models.exits import keep_settings
+from llmdistill.models.exit_settings import Confidence, ExitSettings, Policy, read_exits
+from llmdistill.models.exits import add_exits, keep_settings
 from llmdistill.models.student import Pretrained, ScratchT5, T5Size
+from llmdistill.models.t5 import new_t5
 from llmdistill.stages.answering import PREDICT, Answering
 from llmdistill.stages.distil import Distil
 from llmdistill.stages.exits import TrainExits, Trains
@@ -202,6 +207,46 @@ def policies(bench: Bench, confidence: Confidence, threshold: float, rest: Seque
     return told
 
 
+def heads(repeats: int) -> dict[str, Any]:
+    """What a confidence costs with the whole head, with a small part of it and with none."""
+    told: dict[str, Any] = {}
+    prompts = [[3 + place for place in range(32)]] * 8
+    for name, confidence, num_vocabulary in (
+        ("the whole head", Confidence.TOP1, 0),
+        ("1,000 of its rows", Confidence.TOP1, 1000),
+        ("a gate", Confidence.GATE, 0),
+    ):
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_heads": 8, "num_layers": 6, "vocab_size": 32128, "decoder_start_token_id": 0}
+        model: Any = new_t5(T5Config(**shape)).eval()
+        plain = Engine(model)
+        add_exits(model, ExitSettings(layers=(2, 4), num_vocabulary=num_vocabulary, has_gates=True, confidence=confidence), range(2, 2 + num_vocabulary))
+        engine = Engine(model)
+        for gate in model.exits.gates:
+            torch.nn.init.zeros_(gate.weight)
+        told[name] = {}
+        for size in (1, 8):
+            full, judged, left = (Decoding(max_new_tokens=32, stop_token_ids=(), exit_threshold=threshold) for threshold in (1.0, 1 - 1e-9, 0.0))
+            ratios = [ratio_of((plain, engine), (full, other), prompts[:size], max(4, repeats // 20 // size))[1] for other in (judged, left)]
+            told[name][size] = {"judged": ratios[0], "left": ratios[1]}
+        shown = ", ".join(f"{one['judged']:.2f} judged and {one['left']:.2f} left at batch {size}" for size, one in told[name].items())
+        print(f"  {name}: full depth over {shown}", flush=True)
+    return told
+
+
+def ratio_of(engines: tuple[Engine, Engine], decodings: tuple[Decoding, Decoding], batch: Sequence[Sequence[int]], repeats: int) -> tuple[float, float]:
+    """As Bench.ratio, of one batch."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(-1, repeats):
+        for which in (0, 1) if number % 2 else (1, 0):
+            start = time.perf_counter()
+            engines[which].generate(batch, decodings[which])
+            if number >= 0:
+                seconds[which].append(time.perf_counter() - start)
+    first, second = (statistics.median(one) for one in seconds)
+    return 1000 * first, first / second
+
+
 def depth(bench: Bench, rest: Sequence[int], rows: Sequence[Generated]) -> dict[str, float]:
     layers = [number for row in rows for number in row.layers]
     encoder_layers = sum(row.encoder_layers for row in rows) / len(rows)
@@ -220,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("runs/store"), help="where the quickstart's stages are")
     names = ["quickstart", "deep", "deep, jointly", "deep, encoder too", "smollm2"]
-    parser.add_argument("--students", nargs="+", default=names[:-1], choices=names)
+    parser.add_argument("--students", nargs="+", default=names[:-1], choices=[*names, "heads"])
     parser.add_argument("--confidences", nargs="+", type=Confidence, default=[Confidence.TOP1, Confidence.GATE])
     parser.add_argument("--deltas", nargs="+", type=float, default=[0.01, 0.02])
     parser.add_argument("--every", type=int, default=1, help="take every n-th threshold of the grid")
@@ -234,6 +279,10 @@ def main() -> None:
     rows = [row for row in student.task.rows() if row.split != "train"]
     figures = {}
     for name in arguments.students:
+        if name == "heads":
+            print("a confidence by", flush=True)
+            figures[name] = heads(arguments.repeats)
+            continue
         stage = students(student)[name]
         answering = Answering.load(store.build(stage).folder, device="cuda" if torch.cuda.is_available() else "cpu")
         longest = answering.model.config.llmdistill["max_new_tokens"][PREDICT]  # pyright: ignore[reportArgumentType, reportOptionalSubscript]

@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 NUM_WORDS = {"t5-small": 32_000, "tiny": 200}
 FLOOD = float("inf")
@@ -32,11 +32,12 @@ FLOOD = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run against one server."""
+    """One run against one server, after its warm-up."""
 
     latencies_ms: list[float]
-    texts: list[str]  # empty where there was no answer
+    texts: list[str]  # of all requests; empty where there was no answer
     seconds: float
+    is_complete: bool  # all were answered
 
     def percentile(self, percent: int) -> float:
         return statistics.quantiles(self.latencies_ms, n=100, method="inclusive")[percent - 1] if len(self.latencies_ms) > 1 else float("nan")
@@ -110,17 +111,29 @@ def serve_ours(folder: Path) -> None:
     serve(folder, port=0, settings=ServeSettings(model_name="model", max_queue_rows=100_000, max_open_requests=100_000))
 
 
+class ServerProcess(NamedTuple):
+    """A server that runs, and its address."""
+
+    url: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """That it has used so far (Linux), which other work on the machine adds little to."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def server_process(side: str, folder: Path, num_threads: int) -> Iterator[str]:
-    """Runs this file as a server; its address."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--threads", str(num_threads)]
+def server_process(side: str, folder: Path, num_threads: int, *, script: str = __file__, options: Sequence[str] = ()) -> Iterator[ServerProcess]:
+    """Runs a script as a server."""
+    command = [sys.executable, script, "--side", side, "--folder", str(folder), "--threads", str(num_threads), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"the {side} server did not start")
-        yield line.split()[-1]
+        yield ServerProcess(line.split()[-1], process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -132,45 +145,57 @@ def make_requests(size: str, num_requests: int) -> list[dict[str, Any]]:
     return [{"model": "model", "prompt": prompt, "max_tokens": draw.randint(4, 32), "temperature": 0} for prompt in prompts]
 
 
-async def load(url: str, requests: list[dict[str, Any]], rate_per_second: float, limit_seconds: float) -> Measured:
-    """Sends each request when it is due and waits for what comes."""
+async def post(url: str, data: bytes) -> tuple[int, bytes]:
+    """One request on a connection of its own; a client library would take more time than the answers do."""
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        answer_head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        return int(answer_head.split()[1]), answer
+    finally:
+        writer.close()
+
+
+async def load(url: str, requests: list[dict[str, Any]], rate_per_second: float, limit_seconds: float, warm_up: float = 0.0) -> Measured:
+    """Sends each request when it is due and waits for what comes. Of the first ones, this share, latencies and answers a second are not counted."""
     draw = random.Random(1)
     dues, due = [], 0.0
     for _ in requests:
         dues.append(due)
         due += 0.0 if rate_per_second == FLOOD else draw.expovariate(rate_per_second)
+    first = int(warm_up * len(requests))
     latencies: list[float] = []
     texts = [""] * len(requests)
     last = begin = time.perf_counter()
 
-    async def send(index: int, client: httpx.AsyncClient) -> None:
+    async def send(index: int) -> None:
         nonlocal last
         await asyncio.sleep(begin + dues[index] - time.perf_counter())
-        response = await client.post(f"{url}/v1/completions", json=requests[index])
+        status, answer = await post(url, json.dumps(requests[index]).encode())
         last = time.perf_counter()
-        if response.status_code == 200:
-            latencies.append((last - begin - dues[index]) * 1000)
-            texts[index] = response.json()["choices"][0]["text"]
+        if status == 200:
+            texts[index] = json.loads(answer)["choices"][0]["text"]
+            if index >= first:
+                latencies.append((last - begin - dues[index]) * 1000)
 
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=None) as client:
-        begin = time.perf_counter()
-        tasks = [asyncio.create_task(send(index, client)) for index in range(len(requests))]
-        _, unanswered = await asyncio.wait(tasks, timeout=limit_seconds)
-        for task in unanswered:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await client.post(f"{url}/v1/completions", json=requests[0])  # behind what a server still does for clients that are gone: the next run begins idle
-    seconds = limit_seconds if unanswered else last - begin
-    return Measured(latencies_ms=latencies, texts=texts, seconds=seconds)
+    tasks = [asyncio.create_task(send(index)) for index in range(len(requests))]
+    _, unanswered = await asyncio.wait(tasks, timeout=limit_seconds)
+    for task in unanswered:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await post(url, json.dumps(requests[0]).encode())  # behind what a server still does for clients that are gone: the next run begins idle
+    seconds = (limit_seconds if unanswered else last - begin) - dues[first]
+    return Measured(latencies_ms=latencies, texts=texts, seconds=seconds, is_complete=len(latencies) == len(requests) - first)
 
 
 async def one_by_one(url: str, requests: list[dict[str, Any]]) -> float:
     """Answers per second when each request waits for the one before."""
-    async with httpx.AsyncClient(timeout=None) as client:
-        await client.post(f"{url}/v1/completions", json=requests[0])
-        begin = time.perf_counter()
-        for request in requests:
-            await client.post(f"{url}/v1/completions", json=request)
+    await post(url, json.dumps(requests[0]).encode())
+    begin = time.perf_counter()
+    for request in requests:
+        await post(url, json.dumps(request).encode())
     return len(requests) / (time.perf_counter() - begin)
 
 
@@ -197,13 +222,14 @@ def main() -> None:
         folder = Path(temporary) / "model"
         make_checkpoint(arguments.size, folder)
         with server_process("plain", folder, arguments.threads) as plain, server_process("ours", folder, arguments.threads) as ours:
-            base_rate = asyncio.run(one_by_one(plain, requests[:20]))
-            our_rate = asyncio.run(one_by_one(ours, requests[:20]))
+            base_rate = asyncio.run(one_by_one(plain.url, requests[:20]))
+            our_rate = asyncio.run(one_by_one(ours.url, requests[:20]))
             rates = f"plain {base_rate:.1f} answers/s, ours {our_rate:.1f}, ratio {our_rate / base_rate:.2f}"
             print(f"{arguments.size}, {arguments.threads} threads; one by one: {rates}", flush=True)
             for multiple in [*arguments.rates, FLOOD]:
                 measured = {
-                    side: asyncio.run(load(url, requests, multiple * base_rate, arguments.limit_seconds)) for side, url in [("plain", plain), ("ours", ours)]
+                    side: asyncio.run(load(server.url, requests, multiple * base_rate, arguments.limit_seconds))
+                    for side, server in [("plain", plain), ("ours", ours)]
                 }
                 figures.append(show("flood" if multiple == FLOOD else f"{multiple:g}x = {multiple * base_rate:.1f}/s", measured["plain"], measured["ours"]))
     batching_ratio = figures[-1]["ours_answers_per_second"] / our_rate

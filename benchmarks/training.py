@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PrinterCallback, Seq2SeqTrainer, Seq2S
 from llmdistill.batches import Example
 from llmdistill.core.artifacts import RationaleRow
 from llmdistill.core.store import Store
-from llmdistill.losses.multitask import Form, Lesson, Multitask
+from llmdistill.losses.multitask import Form, Multitask, lessons_of
 from llmdistill.models.student import ScratchT5, T5Size
 from llmdistill.stages.annotate import Annotate
 from llmdistill.tasks.tickets import RECORDING, tickets
@@ -104,7 +104,7 @@ class Side:
 
 def _compare(size: T5Size, rows: dict[str, list[RationaleRow]], settings: TrainSettings, num_rounds: int) -> dict[str, float]:
     """Prints a line for each side; the plain loop's seconds over those of each of our forms."""
-    lessons = {split: [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in some] for split, some in rows.items()}
+    lessons = {split: lessons_of(some) for split, some in rows.items()}
     texts = [text for lesson in lessons["train"] for text in ("predict: " + lesson.input, lesson.label, "explain: " + lesson.input, lesson.rationale)]
     model, tokenizer = ScratchT5(size=size).prepare(texts, seed=0)
     sides = {}

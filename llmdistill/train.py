@@ -238,7 +238,8 @@ class _Loop:
         path = self.state.weights_path(position.step if best is Best.LAST else position.best_step)
         if best is Best.LAST:
             write_weights(self.accelerator, self.objective, self.trained_names, path)
-        figures = {"num_steps": position.step, "training_seconds": round(position.seconds, 3), "num_processes": self.accelerator.num_processes}
+        seconds = {"training_seconds": round(position.seconds, 3), "training_cpu_seconds": round(position.cpu_seconds, 3)}
+        figures = {"num_steps": position.step, **seconds, "num_processes": self.accelerator.num_processes}
         if best is not Best.LAST:
             figures |= {"kept_step": position.best_step, f"kept_{best.figure}": position.best_value}
         return Trained(weights=path, figures=figures | {"mixed_precision": self.accelerator.mixed_precision})

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,7 @@ class Position:
     def __init__(self) -> None:
         self.step = 0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0  # of all processes
         self.best_step = 0  # 0 is none yet
         self.best_value = 0.0
         self.num_evaluations_since_best = 0
@@ -64,6 +66,7 @@ class TrainState:
         self._accelerator, self._folder, self._position = accelerator, folder, position
         accelerator.register_for_checkpointing(position, scheduler)
         folder.mkdir(parents=True, exist_ok=True)
+        self._cpu_counted_s = time.process_time()
 
     def weights_path(self, step: int) -> Path:
         """Where the weights after so many steps are kept."""
@@ -79,6 +82,7 @@ class TrainState:
     def save(self) -> None:
         """Write the state; all processes call this together."""
         accelerator, position = self._accelerator, self._position
+        self._count_cpu_seconds()
         writing, final = self._folder / "state.writing", self._folder / f"state-{position.step:08d}"
         if final.exists():
             return
@@ -96,6 +100,13 @@ class TrainState:
                 if old != self.weights_path(position.best_step):
                     old.unlink()
         accelerator.wait_for_everyone()
+
+    def _count_cpu_seconds(self) -> None:
+        """Add what all processes have taken since the last state. On a machine that is shared, a clock says little."""
+        now_s = time.process_time()
+        seconds = torch.tensor(now_s - self._cpu_counted_s, device=self._accelerator.device)
+        self._position.cpu_seconds += float(self._accelerator.reduce(seconds, "sum"))  # pyright: ignore[reportArgumentType]
+        self._cpu_counted_s = now_s
 
 
 def write_weights(accelerator: Accelerator, objective: nn.Module, names: Sequence[str], path: Path) -> None:

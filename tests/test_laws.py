@@ -298,7 +298,7 @@ def _content(path: Path) -> Any:
     if path.suffix == ".json":
         return _without_times(read_json(path))
     if path.name == "README.md":
-        return re.sub(r"\| (training_seconds) \| [\d.]+ \|", "", path.read_text())
+        return re.sub(r"\| (training_seconds|training_cpu_seconds) \| [\d.]+ \|", "", path.read_text())
     return path.read_bytes()
 
 

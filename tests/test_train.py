@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import Journal, causal, examples, loss_by_hand, outcome, run, t5
+from tiny_training import Journal, causal, examples, in_two_processes, loss_by_hand, outcome, run, t5
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
@@ -236,16 +234,6 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
         outcome(t5(), Lessons(train=examples(4), validation=examples(2)), tmp_path, best=Best.ACCURACY)
 
 
-IN_PROCESSES = """
-import os, sys
-from pathlib import Path
-os.environ["ACCELERATE_USE_CPU"] = "true"  # as llmdistill.core.launch does: the launcher has set it to false
-from llmdistill.train_setup import this_process
-from test_train import PROCESS_RUNS, of_processes
-assert this_process().num_processes == 2
-for name in PROCESS_RUNS:
-    of_processes(name, Path(sys.argv[1]) / name)
-"""
 PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "t5": {"batch_size": 7, "micro_batch_size": 2},
     "t5 idle": {"batch_size": 5, "micro_batch_size": 1},  # five rows for two processes, one at a time
@@ -263,14 +251,14 @@ def of_processes(name: str, folder: Path) -> tuple[dict[str, Tensor], Journal]:
     return load_file(trained.weights), journal
 
 
+def all_of_processes(folder: Path) -> None:
+    """All of the runs."""
+    for name in PROCESS_RUNS:
+        of_processes(name, folder / name)
+
+
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]  # accelerate wants an MPI for --cpu
-    script = tmp_path / "run.py"
-    script.write_text(IN_PROCESSES)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([*launch, str(script), str(tmp_path / "two")], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(all_of_processes, tmp_path / "two")
     for name in PROCESS_RUNS:
         one, journal = of_processes(name, tmp_path / "one" / name)
         two = load_file(tmp_path / "two" / name / "weights-00000004.safetensors")

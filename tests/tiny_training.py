@@ -1,6 +1,9 @@
 """What the tests of training share: small random students, examples of random tokens, and a journal that remembers."""
 
-from collections.abc import Iterator, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +108,26 @@ def outcome(model: PreTrainedModel, lessons: Lessons, folder: Path, *, loss: Los
     journal = Journal()
     loss = loss or Multitask(rationale_weight=0.3)
     return train(model, lessons, loss, replace(SETTINGS, **settings), folder, seed=seed, journal=journal), journal
+
+
+IN_PROCESSES = """
+import os, sys
+from pathlib import Path
+os.environ["ACCELERATE_USE_CPU"] = "true"  # as llmdistill.core.launch does: the launcher has set it to false
+from llmdistill.train_setup import this_process
+from {module} import {name}
+assert this_process().num_processes == 2
+{name}(Path(sys.argv[1]))
+"""
+
+
+def in_two_processes(function: Callable[[Path], Any], folder: Path) -> None:
+    """Call a module's function with the folder in each of two processes that accelerate starts, which import what this one does."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]  # accelerate wants an MPI for --cpu
+    folder.mkdir()
+    script = folder / "run.py"
+    script.write_text(IN_PROCESSES.format(module=function.__module__, name=function.__name__))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*launch, str(script), str(folder)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 Where all layers are alike, in both stacks of a T5, the result is the stock class with a stock config and a folder that stock transformers loads (and
 CTranslate2 and others that read such folders). Otherwise the config says the sizes by layer and llmdistill's class reads them (models/resized.py). A low-rank
-linear is in the structure, as ever.
+linear is in the structure, as ever. Early exits (models/exits.py) stay behind: they read the states of the whole, so a sub-network is given its own.
 
 transformers' Llama wants a model width that is a multiple of its heads, though the width of a head is a number of its own: 6 of SmolLM2's 9 heads make a
 stock Llama of width 576, while 5 of 15 heads at width 512 do not. Such a one becomes a model of llmdistill's class too.
@@ -26,6 +26,8 @@ from llmdistill.elastic.kept import KEY, read, space_of
 from llmdistill.elastic.space import Space, Subnet, is_even
 from llmdistill.elastic.subnet import whole
 from llmdistill.models import checkpoint
+from llmdistill.models.exit_settings import KEY as EXITS
+from llmdistill.models.exits import exits_of
 
 
 def extract(folder: Path, subnet: str, out: Path) -> Subnet:
@@ -56,6 +58,9 @@ def extracted(model: Any, subnet: Subnet) -> Any:
         setattr(change.owner, change.name, change.value)
     for stack, layers in made.kept:
         setattr(stack.holder, stack.attribute, nn.ModuleList(layers))
+    if exits_of(small) is not None:
+        del small.exits
+        delattr(small.config, EXITS)
     _own_weights(small, made)
     _configure(small, space, subnet)
     return small

@@ -53,6 +53,14 @@ def is_elastic(model: Any) -> bool:
     return isinstance(getattr(model.config, KEY, None), dict)
 
 
+def refusal(student: str, *, verb: str) -> str:
+    """Why a stage that changes the weights of the whole does not take an elastic student, and what to do."""
+    return (
+        f"{student} is elastic, and to {verb} the whole would leave sub-networks that nothing was trained for: extract one "
+        f"(the Extract stage, or `llmdistill extract FOLDER OUT --subnet TEXT`) and {verb} that, or {verb} before the elastic stage"
+    )
+
+
 def _kept(value: Any, whose: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{whose} is not elastic: its config.json has no `{KEY}` key; make it so with the elastic stage first")

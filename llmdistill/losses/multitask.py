@@ -8,10 +8,11 @@ No torch at import: a pipeline holds these as settings.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmdistill.core.artifacts import RationaleRow
 from llmdistill.losses.prompts import EXPLAIN, PREDICT, Prompts, prefixed, shared_encoder
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Lesson:
     input: str
     label: str
     rationale: str
+
+
+def lessons_of(rows: Iterable[RationaleRow]) -> list[Lesson]:
+    """What a teacher's rows teach."""
+    return [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ class T5Size(enum.Enum):
     """3 + 3 layers of width 192: 3 million."""
     DEEP = "deep"
     """12 + 12 layers of width 128: 5 million."""
+    MIDI = "midi"
+    """4 + 4 layers of width 256: 9 million."""
     SMALL = "small"
     """6 + 6 layers of width 512, the shape of T5-small: 44 million (57 million with gated feed-forwards)."""
 
@@ -44,6 +46,7 @@ T5_SHAPES: dict[T5Size, dict[str, int]] = {
     T5Size.TINY: {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 2},
     T5Size.MINI: {"d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512, "num_layers": 3},
     T5Size.DEEP: {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 256, "num_layers": 12},
+    T5Size.MIDI: {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 4},
     T5Size.SMALL: {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 2048, "num_layers": 6},
 }
 

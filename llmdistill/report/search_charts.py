@@ -34,6 +34,12 @@ def titled(name: str) -> str:
     return words.removesuffix("_bytes").replace("_", " ")
 
 
+def reason(search: Data) -> str:
+    """Why the chosen one was chosen."""
+    limits = [f"{titled(limit['cost'])} of at most {shown_cost(limit['cost'], limit['most'])}" for limit in search["limits"]]
+    return f"the most accurate with {' and '.join(limits)}" if limits else "the cheapest that is about as accurate as the best"
+
+
 def thinned(asked: Sequence[Data]) -> list[Data]:
     """At most MAX_ASKED, in equal steps."""
     return [asked[place * len(asked) // MAX_ASKED] for place in range(MAX_ASKED)] if len(asked) > MAX_ASKED else list(asked)
@@ -41,7 +47,12 @@ def thinned(asked: Sequence[Data]) -> list[Data]:
 
 def measured_cost(search: Data, point: Data) -> float:
     """What was measured of the cost that is weighed; what arithmetic says where it needs no measuring."""
-    return point["measured"].get(search["cost"], point["predicted"][search["cost"]])
+    return costs(point, "measured")[search["cost"]]
+
+
+def costs(point: Data, how: str) -> dict[str, float]:
+    """All costs, "predicted" or "measured"; arithmetic is both."""
+    return {**point["predicted"], **point[how]}
 
 
 def front_chart(search: Data, *, width: float = 800, height: float = 380) -> Markup:

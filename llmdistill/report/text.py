@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmdistill.report import figures
+from llmdistill.report import figures, search_charts
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """Findings, the table of students with teacher and baselines, refused rows, and where the time went."""
+    """Findings, the table of students with teacher and baselines, what searches chose, refused rows, and where the time went."""
     parts = [str(report["title"]), ""]
     parts += [f"- {finding}" for finding in report.get("findings", ())]
     header = ["", "accuracy", "95% interval", "agrees with teacher", "parameters", "weights", "ms, 1 row", "tokens/s, 32 rows"]
@@ -42,6 +42,8 @@ def summary(report: Mapping[str, Any]) -> str:
             for pair in report["comparisons"]
         ]
         parts.append(table(header, rows, num_text_columns=2))
+    for search in report.get("elastic", ()):
+        parts += ["", *_chosen(search)]
     if teacher:
         by_reason = report.get("refused", {}).get("by_reason", {})
         reasons = ", ".join(f"{figures.count(number)} {reason}" for reason, number in by_reason.items())
@@ -58,6 +60,17 @@ def summary(report: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n".join(parts)
+
+
+def _chosen(search: Mapping[str, Any]) -> list[str]:
+    """The sub-network that a search chose, predicted and measured."""
+    (point,) = (point for point in search["points"] if point["subnet"] == search["chosen"])
+    rows = []
+    for how in ("predicted", "measured"):
+        costs = search_charts.costs(point, how)
+        rows.append([how, figures.percent(point[f"{how}_accuracy"]), *(search_charts.shown_cost(name, cost) for name, cost in costs.items())])
+    header = ["", "validation accuracy", *map(search_charts.titled, point["predicted"])]
+    return [f"{search['name']}: {search_charts.reason(search)} is", search["chosen"], table(header, rows)]
 
 
 def print_summary(report: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """OpenAI's answer objects: whole, and as the chunks of a stream.
 
-`TextAnswer` is /v1/completions, `ChatAnswer` /v1/chat/completions; both turn the same pieces of text into their endpoint's JSON.
+`TextAnswer` is /v1/completions, `ChatAnswer` /v1/chat/completions; both turn the same pieces of text into their endpoint's JSON. What the answer was made by
+stands under `llmdistill`, a field that OpenAI's clients pass over; in a stream it is a field of the last chunk, whichever that is, since a chunk more without
+choices would surprise them.
 """
 
 from __future__ import annotations
@@ -64,9 +66,9 @@ class TextAnswer(_Answer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> Json:
+    def whole(self, pieces: Sequence[Piece], usage: Usage, made_by: Json) -> Json:
         choices = [_text_choice(piece.index, piece.text, piece.finish_reason) for piece in pieces]
-        return self._object(self.whole_object, choices) | {"usage": usage.data()}
+        return self._object(self.whole_object, choices) | {"usage": usage.data(), "llmdistill": made_by}
 
     def opening(self) -> list[Json]:
         return []
@@ -82,12 +84,12 @@ class ChatAnswer(_Answer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> Json:
+    def whole(self, pieces: Sequence[Piece], usage: Usage, made_by: Json) -> Json:
         choices = [
             {"index": piece.index, "message": {"role": "assistant", "content": piece.text}, "logprobs": None, "finish_reason": piece.finish_reason}
             for piece in pieces
         ]
-        return self._object(self.whole_object, choices) | {"usage": usage.data()}
+        return self._object(self.whole_object, choices) | {"usage": usage.data(), "llmdistill": made_by}
 
     def opening(self) -> list[Json]:
         return [self._chunk([_delta(index, {"role": "assistant", "content": ""}, "")]) for index in range(self.num_choices)]

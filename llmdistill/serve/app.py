@@ -2,6 +2,7 @@
 
     serve(Path("runs/quickstart/latest/multitask"), host="127.0.0.1", port=8000)
 
+    GET  /                      a page to try it on
     POST /v1/completions        POST /v1/chat/completions        POST /v1/predict
     GET  /v1/models             GET  /health   alive? (503 when the engine fails)
     GET  /metrics               GET  /ready    send me work? (503 also while the server drains)
@@ -20,6 +21,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from llmdistill.serve.controller import Controller
 from llmdistill.serve.desk import Desk
 from llmdistill.serve.errors import ServeError
 from llmdistill.serve.gate import Gate
@@ -40,6 +42,7 @@ def serve(
     *,
     device: str = "cpu",
     precision: Precision = Precision.FLOAT32,
+    front: str = "",
     settings: ServeSettings = DEFAULT_SETTINGS,
 ) -> None:
     """Serve a checkpoint until SIGTERM or Ctrl-C: OpenAI's endpoints, and /v1/predict for its task.
@@ -50,14 +53,17 @@ def serve(
         port: 0 takes any free one; the address is printed.
         device: Of torch, as cpu or cuda.
         precision: The type that the weights are computed in.
+        front: Of an elastic checkpoint: the folder of a search, whose sub-networks are offered with their accuracies; without, largest, chosen and smallest.
         settings: The limits.
     """
-    run_server(load_served_model(checkpoint, settings=settings, device=device, precision=precision), host, port, settings)
+    run_server(load_served_model(checkpoint, settings=settings, device=device, precision=precision, front=front), host, port, settings)
 
 
-def create_app(checkpoint: Path, settings: ServeSettings = DEFAULT_SETTINGS, *, device: str = "cpu", precision: Precision = Precision.FLOAT32) -> Gate:
+def create_app(
+    checkpoint: Path, settings: ServeSettings = DEFAULT_SETTINGS, *, device: str = "cpu", precision: Precision = Precision.FLOAT32, front: str = ""
+) -> Gate:
     """The ASGI app of a checkpoint, for an ASGI server of the user's own (which then has to limit slow headers and slow readers itself)."""
-    return build_app(load_served_model(checkpoint, settings=settings, device=device, precision=precision), settings)
+    return build_app(load_served_model(checkpoint, settings=settings, device=device, precision=precision, front=front), settings)
 
 
 def run_server(model: ServedModel, host: str, port: int, settings: ServeSettings) -> None:
@@ -74,10 +80,13 @@ def run_server(model: ServedModel, host: str, port: int, settings: ServeSettings
 def build_app(model: ServedModel, settings: ServeSettings) -> Gate:
     """The ASGI app of a model that is loaded."""
     metrics = Metrics()
-    scheduler = Scheduler(model.make_engine, settings, metrics)
-    desk = Desk(model, scheduler, settings, metrics)
+    controller = Controller(model.points.front, settings.target_p95_ms)
+    metrics.controller_steps.set(len(model.points.front))
+    scheduler = Scheduler(model.make_engine, controller, settings, metrics)
+    desk = Desk(model, scheduler, controller, settings, metrics)
     app = FastAPI(openapi_url=None, lifespan=desk.lifespan)
     gate = Gate(app, scheduler=scheduler, settings=settings, metrics=metrics)
+    app.add_api_route("/", desk.playground, methods=["GET"])
     app.add_api_route("/v1/completions", desk.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", desk.chat, methods=["POST"])
     app.add_api_route("/v1/predict", desk.predict, methods=["POST"])

@@ -1,8 +1,8 @@
 """What a request may say, checked to the letter before anything is done with it.
 
 The fields are OpenAI's. A field that we do not know is an error, as it is there, and so is one that would change the answer in a way that we cannot
-(tools, logit_bias, ...), unless it asks for nothing; a field that changes no answer (user, metadata, ...) is checked and left alone. Two fields are our own:
-`top_k`, and all of /v1/predict.
+(tools, logit_bias, ...), unless it asks for nothing; a field that changes no answer (user, metadata, ...) is checked and left alone. Our own are `top_k`,
+`llmdistill` (a budget, and whether to tell of each token), and all of /v1/predict.
 """
 
 from __future__ import annotations
@@ -63,6 +63,23 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class Budget(Body):
+    """What an answer may cost: the best operating point within all that is said. Saying nothing leaves it to the server."""
+
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    subnet: str | None = None
+    exit_risk: float | None = Field(default=None, ge=0, le=1)
+    tokens: bool = False  # no budget: the answer is to tell its tokens and the layers that each went through
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server chooses."""
+        return self.max_latency_ms is None and self.subnet is None and self.exit_risk is None
+
+
+NO_BUDGET = Budget()
+
+
 class GenerationBody(Body):
     """The fields that completions and chat share."""
 
@@ -76,6 +93,7 @@ class GenerationBody(Body):
     stop: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    llmdistill: Budget | None = None
 
     @field_validator("stop", mode="after")
     @classmethod
@@ -139,6 +157,7 @@ class PredictBody(Body):
     fields: dict[str, str] | None = None
     input: str | None = None
     rationale: bool = False
+    llmdistill: Budget | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> PredictBody:

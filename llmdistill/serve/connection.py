@@ -109,6 +109,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": _events([error.data()]), "more_body": False})
             return
         chunks += self._answer.closing(self._generation.usage(finished))
+        chunks[-1]["llmdistill"] = self._generation.made_by(finished)
         await send({"type": "http.response.body", "body": _events(chunks) + b"data: [DONE]\n\n", "more_body": False})
 
 

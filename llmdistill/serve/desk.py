@@ -15,11 +15,14 @@ from starlette.responses import Response
 
 from llmdistill.losses.prompts import EXPLAIN, PREDICT
 from llmdistill.serve.answers import ChatAnswer, TextAnswer
-from llmdistill.serve.bodies import ChatBody, CompletionBody, GenerationBody, PredictBody, parse_body, parse_json
+from llmdistill.serve.bodies import NO_BUDGET, ChatBody, CompletionBody, GenerationBody, PredictBody, parse_body, parse_json
 from llmdistill.serve.connection import EventStream, read_body, unless_disconnected
+from llmdistill.serve.controller import Controller
 from llmdistill.serve.errors import ServeError, json_response
+from llmdistill.serve.gate import ARRIVED
 from llmdistill.serve.generation import Generation, Generator, Wish, fresh_seed
 from llmdistill.serve.metrics import Metrics
+from llmdistill.serve.playground import playground
 from llmdistill.serve.scheduler import Deliver, Event, Piece, Scheduler
 from llmdistill.serve.served_model import ServedModel
 from llmdistill.serve.settings import ServeSettings
@@ -32,12 +35,13 @@ STOP_SECONDS = 2.0
 class Desk:
     """The endpoints of one model."""
 
-    def __init__(self, model: ServedModel, scheduler: Scheduler, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(self, model: ServedModel, scheduler: Scheduler, controller: Controller, settings: ServeSettings, metrics: Metrics) -> None:
         self._model = model
         self._scheduler = scheduler
         self._settings = settings
         self._metrics = metrics
-        self._generator = Generator(model, scheduler, settings)
+        self._playground = playground()
+        self._generator = Generator(model, scheduler, controller, settings)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
@@ -62,7 +66,8 @@ class Desk:
         self._generator.check_num_rows(len(body.prompt) * wish.num_choices)
         prompts = [await self._generator.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
         answer = TextAnswer(model=self._model.name, num_choices=len(prompts) * wish.num_choices, include_usage=_include_usage(body))
-        return await self._answer(request, self._generator.start(prompts, [wish] * len(prompts)), answer, wish)
+        generation = self._generator.start(prompts, [wish] * len(prompts), body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
+        return await self._answer(request, generation, answer, wish)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -71,7 +76,8 @@ class Desk:
         self._generator.check_num_rows(wish.num_choices)
         prompt = await self._generator.encode_chat([{"role": message.role, "content": message.content} for message in body.messages])
         answer = ChatAnswer(model=self._model.name, num_choices=wish.num_choices, include_usage=_include_usage(body))
-        return await self._answer(request, self._generator.start([prompt], [wish]), answer, wish)
+        generation = self._generator.start([prompt], [wish], body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
+        return await self._answer(request, generation, answer, wish)
 
     async def predict(self, request: Request) -> Response:
         """POST /v1/predict: {"fields": {...}} or {"input": "..."}, and "rationale": true for the reasons."""
@@ -81,9 +87,11 @@ class Desk:
         limits = {PREDICT: self._settings.max_label_tokens} | ({EXPLAIN: self._settings.max_rationale_tokens} if body.rationale else {})
         prompts = [await self._generator.encode(task.prompt(kind, text)) for kind in limits]
         starts = task.prompts.decoder_start_token_ids
-        wishes = [Wish(max_new_tokens=limit, may_be_fewer=True, start_token=starts.get(kind)) for kind, limit in limits.items()]
-        generation = self._generator.start(prompts, wishes)
+        wishes = [Wish(max_new_tokens=limit, may_be_fewer=True, start_token=starts.get(kind), kind=kind) for kind, limit in limits.items()]
+        generation = self._generator.start(prompts, wishes, body.llmdistill or NO_BUDGET, arrived=request.scope[ARRIVED])
         pieces = await self._whole(request, generation)
+        for kind, piece in zip(limits, pieces, strict=True):
+            self._generator.forecast.saw(kind, piece.num_tokens)
         data: dict[str, Any] = {
             "id": f"pred-{uuid.uuid4().hex}",
             "object": "prediction",
@@ -95,7 +103,11 @@ class Desk:
         }
         if body.rationale:
             data["rationale"] = pieces[1].text.strip()
-        return json_response(data | {"usage": generation.usage(pieces).data()})
+        return json_response(data | {"usage": generation.usage(pieces).data(), "llmdistill": generation.made_by(pieces)})
+
+    async def playground(self) -> Response:
+        """GET /"""
+        return self._playground
 
     async def models(self) -> Response:
         """GET /v1/models"""
@@ -119,7 +131,7 @@ class Desk:
         if wish.stream:
             return EventStream(generation, answer)
         pieces = await self._whole(request, generation)
-        return json_response(answer.whole(pieces, generation.usage(pieces)))
+        return json_response(answer.whole(pieces, generation.usage(pieces), generation.made_by(pieces)))
 
     async def _whole(self, request: Request, generation: Generation) -> list[Piece]:
         try:
@@ -146,7 +158,13 @@ class Desk:
 
     def _model_data(self) -> dict[str, Any]:
         task = self._model.task
-        about = {"task": task.task or None, "fields": task.field_names, "choices": list(task.choices)}
+        about = {
+            "task": task.task or None,
+            "fields": task.field_names,
+            "choices": list(task.choices),
+            "explains": EXPLAIN in task.prompts.prefixes,
+            "points": [point.data() for point in self._model.points.all],
+        }
         return {"id": self._model.name, "object": "model", "created": self._model.created, "owned_by": "llmdistill", "llmdistill": about}
 
 

@@ -18,9 +18,11 @@ from llmdistill.serve.scheduler import Scheduler
 from llmdistill.serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/ready", "/metrics", "/")
 WORK_PATHS = PATHS[:3]
 CLIENT_GONE = "499"  # as nginx counts it
+ARRIVED = "llmdistill.arrived"
+"""In a request's scope: when it came."""
 
 
 class Gate:
@@ -51,7 +53,7 @@ class Gate:
             is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         works = path in WORK_PATHS
-        started = time.monotonic()
+        scope[ARRIVED] = started = time.monotonic()
         self.num_working += works
         self._metrics.open_requests.set(self.num_working)
         try:

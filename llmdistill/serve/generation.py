@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from llmdistill.decode.decoding import Decoding
+from llmdistill.serve.bodies import Budget
+from llmdistill.serve.controller import Controller, Decided
+from llmdistill.serve.engines import PlacedDecoding
 from llmdistill.serve.errors import ServeError
-from llmdistill.serve.scheduler import Event, Failure, Piece, Row, Scheduler
+from llmdistill.serve.forecast import Forecast
+from llmdistill.serve.scheduler import Assignment, Event, Failure, Piece, Row, Scheduler
 from llmdistill.serve.served_model import ServedModel
 from llmdistill.serve.settings import ServeSettings
-from llmdistill.serve.start_tokens import StartedDecoding
 from llmdistill.serve.text import TextStream
 
 NUM_CONTEXT_TOKENS = 6  # of a causal prompt, so that the answer's first space is decoded as a continuation
@@ -36,14 +39,18 @@ class Wish:
     stop: tuple[str, ...] = ()
     stream: bool = False
     start_token: int | None = None  # of the decoder; None: the model's own
+    kind: str = ""  # of the task's answers, whose usual length is known after some
 
-    def decoding(self, choice: int) -> Decoding:
-        """What the engine is asked for one of the choices."""
-        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        seed = choice_seed(self.seed, choice)
-        if self.start_token is None:
-            return Decoding(**options, seed=seed)
-        return StartedDecoding(**options, seed=seed, decoder_start_token_id=self.start_token)
+    def decoding(self, choice: int) -> PlacedDecoding:
+        """What the engines are asked for one of the choices; where, the request's assignment says."""
+        return PlacedDecoding(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=choice_seed(self.seed, choice),
+            decoder_start_token_id=self.start_token,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +71,11 @@ class Usage:
 class Generation:
     """The rows of a request that were submitted, and their events as they come."""
 
-    def __init__(self, scheduler: Scheduler, timeout_seconds: float, num_prompt_tokens: int) -> None:
+    def __init__(self, scheduler: Scheduler, timeout_seconds: float, num_prompt_tokens: int, assignment: Assignment, *, shows_tokens: bool) -> None:
         self.rows: list[Row] = []
         self.num_prompt_tokens = num_prompt_tokens
+        self.assignment = assignment
+        self.shows_tokens = shows_tokens
         self._scheduler = scheduler
         self._timeout_seconds = timeout_seconds
         self._deadline = asyncio.get_running_loop().time() + timeout_seconds
@@ -110,6 +119,21 @@ class Generation:
     def usage(self, finished: Sequence[Piece]) -> Usage:
         return Usage(prompt_tokens=self.num_prompt_tokens, completion_tokens=sum(piece.num_tokens for piece in finished))
 
+    def made_by(self, finished: Sequence[Piece]) -> dict[str, Any]:
+        """The operating point that the answer was made at, what it came to, and the tokens of each row where they are wanted."""
+        point = self.assignment.decided.point
+        data: dict[str, Any] = {
+            "subnet": point.subnet,
+            "exit_risk": point.exit_risk,
+            "exit_threshold": point.exit_threshold,
+            "layers_per_token": round(sum(piece.num_layers for piece in finished) / sum(piece.num_tokens for piece in finished), 4),
+            "num_layers": point.num_layers,
+        }
+        if self.shows_tokens:
+            rows = sorted(finished, key=lambda piece: piece.index)
+            data["tokens"] = [[{"text": token.text, "num_layers": token.num_layers} for token in piece.tokens] for piece in rows]
+        return data
+
     def cancel(self) -> None:
         """Frees the rows that are not done."""
         if self._num_finished < len(self.rows):
@@ -119,10 +143,12 @@ class Generation:
 class Generator:
     """Turns prompts and wishes into rows that decode."""
 
-    def __init__(self, model: ServedModel, scheduler: Scheduler, settings: ServeSettings) -> None:
+    def __init__(self, model: ServedModel, scheduler: Scheduler, controller: Controller, settings: ServeSettings) -> None:
         self._model = model
         self._scheduler = scheduler
+        self._controller = controller
         self._settings = settings
+        self.forecast = Forecast(scheduler, settings.max_batch_rows)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoder")
 
     async def encode(self, text: str) -> list[int]:
@@ -139,11 +165,13 @@ class Generator:
         if num_rows > self._settings.max_queue_rows:
             raise ServeError(400, f"The request asks for {num_rows} answers at once; this server takes at most {self._settings.max_queue_rows}", param="n")
 
-    def start(self, prompts: Sequence[list[int]], wishes: Sequence[Wish]) -> Generation:
-        """Checks each prompt against its wish and queues all rows, or raises and queues none."""
+    def start(self, prompts: Sequence[list[int]], wishes: Sequence[Wish], budget: Budget, *, arrived: float) -> Generation:
+        """Checks each prompt against its wish and all against the budget, and queues all rows, or raises and queues none."""
         settings = self._settings
         wishes = [self._within_limits(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
-        generation = Generation(self._scheduler, settings.request_timeout_seconds, sum(len(prompt) for prompt in prompts))
+        assignment = self._assignment(prompts, wishes, budget)
+        num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+        generation = Generation(self._scheduler, settings.request_timeout_seconds, num_prompt_tokens, assignment, shows_tokens=budget.tokens)
         submitted = time.monotonic()
         rows: list[Row] = []
         for prompt, wish in zip(prompts, wishes, strict=True):
@@ -153,15 +181,30 @@ class Generator:
                     index=len(rows),
                     prompt=prompt,
                     decoding=wish.decoding(choice),
+                    assignment=assignment,
                     make_text=partial(TextStream, self._model.decode, stop=wish.stop, context=context),
-                    live=wish.stream or bool(wish.stop),
+                    live=wish.stream or bool(wish.stop) or budget.tokens,
                     stream=wish.stream,
+                    shows_tokens=budget.tokens,
                     deliver=generation.deliver,
+                    arrived=arrived,
                     submitted=submitted,
                 )
                 rows.append(row)
         generation.submit(rows)
         return generation
+
+    def _assignment(self, prompts: Sequence[list[int]], wishes: Sequence[Wish], budget: Budget) -> Assignment:
+        """Where the rows will decode: at the point that the budget asks for, or where the controller is when they get their place."""
+        if budget.is_open:
+            return Assignment(self._controller.decide)
+        lengths = [
+            (len(prompt), self.forecast.length(wish.kind, wish.max_new_tokens))
+            for prompt, wish in zip(prompts, wishes, strict=True)
+            for _ in range(wish.num_choices)
+        ]
+        point = self._model.points.choose(budget, lambda point: self.forecast.latency_ms(point, lengths))
+        return Assignment(lambda: Decided(point))
 
     def _within_limits(self, prompt: list[int], wish: Wish) -> Wish:
         settings, model = self._settings, self._model

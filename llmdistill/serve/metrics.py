@@ -8,6 +8,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+LAYERS_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80)
 ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -35,6 +36,17 @@ class Metrics:
         self.generated_tokens = Counter("llmdistill_generated_tokens", "Tokens decoded.", registry=self.registry)
         self.step_seconds = Histogram("llmdistill_step_seconds", "One step of the engine.", buckets=SECONDS_BUCKETS, registry=self.registry)
         self.step_rows = Histogram("llmdistill_step_rows", "Rows that one step moved on.", buckets=ROWS_BUCKETS, registry=self.registry)
+
+        self.layers_per_token = Histogram(
+            "llmdistill_layers_per_token", "Decoder layers that a token of a row went through, on average.", buckets=LAYERS_BUCKETS, registry=self.registry
+        )
+        self.rows_at_point = Counter(
+            "llmdistill_rows_at_point", "Rows that got a place, by sub-network and exit risk.", ["subnet", "exit_risk"], registry=self.registry
+        )
+        self.controller_position = Gauge(
+            "llmdistill_controller_position", "Steps along the front away from the best point, to keep the p95 target.", registry=self.registry
+        )
+        self.controller_steps = Gauge("llmdistill_controller_steps", "Steps that there are along the front.", registry=self.registry)
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -5,6 +5,8 @@
 The event loop never touches the engine and the thread never touches a socket. What a step brought is posted to the loop in one call. A row leaves as soon as it
 is done, hits a stop string, or its client goes away, and the next waiting row takes its place; the other rows do not notice (the engine promises that).
 
+A row is told at which operating point it decodes when it gets its place, not when it is queued: what waits moves along the front with the controller.
+
 Failures stay as small as they can be: a row that the engine refuses, or whose text cannot be made, fails alone. When `step` itself raises, nobody can tell
 which row was to blame nor what state the engine is in: the rows in it get an error, a fresh engine is made, and `failure` says so until a step succeeds again.
 """
@@ -17,11 +19,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from llmdistill.decode.decoding import Decoding, Token
+from llmdistill.decode.decoding import Token
+from llmdistill.serve.controller import Controller, Decided
+from llmdistill.serve.engines import PlacedDecoding
 from llmdistill.serve.errors import ServeError
 from llmdistill.serve.metrics import Metrics
 from llmdistill.serve.settings import ServeSettings
@@ -31,21 +35,30 @@ logger = logging.getLogger(__name__)
 
 
 class BatchEngine(Protocol):
-    """What the scheduler needs of llmdistill.decode.engine.Engine."""
+    """What the scheduler needs of llmdistill.serve.engines.Engines."""
 
-    def add(self, prompt: Sequence[int], decoding: Decoding) -> int: ...
+    def add(self, prompt: Sequence[int], decoding: PlacedDecoding) -> int: ...
     def step(self) -> Sequence[Token]: ...
     def drop(self, row: int) -> None: ...
 
 
+class ShownToken(NamedTuple):
+    """A token as the text that it completed, empty where that is not yet a whole character, and how many layers it went through."""
+
+    text: str
+    num_layers: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """News of one row: more text, or its end (then `finish_reason` is "stop" or "length" and `num_tokens` counts the whole row)."""
+    """News of one row: more text, or its end, where `finish_reason` is "stop" or "length" and what follows is of the whole row."""
 
     index: int
     text: str = ""
-    num_tokens: int = 0
     finish_reason: str = ""
+    num_tokens: int = 0
+    num_layers: int = 0  # that its tokens went through, added up
+    tokens: tuple[ShownToken, ...] = ()  # where they are wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,22 +73,39 @@ Event = Piece | Failure
 Deliver = Callable[[Event], None]
 
 
+class Assignment:
+    """Where the rows of one request decode, all of them at the same point; decided when the first one gets its place."""
+
+    def __init__(self, decide: Callable[[], Decided]) -> None:
+        self._decide = decide
+
+    @cached_property
+    def decided(self) -> Decided:
+        """Read by the scheduler's thread first."""
+        return self._decide()
+
+
 @dataclass(eq=False, kw_only=True)
 class Row:
     """One sequence to be decoded; made by the event loop, then owned by the scheduler."""
 
     index: int  # which choice of its request it is
     prompt: Sequence[int]
-    decoding: Decoding
+    decoding: PlacedDecoding  # but for its sub-network and exit threshold, which are those of the assignment
+    assignment: Assignment
     make_text: Callable[[], TextStream]
-    live: bool  # text is wanted as it comes: for a stream, or because a stop string may end the row
+    live: bool  # text is wanted as it comes: for a stream, because a stop string may end the row, or to show each token
     stream: bool
+    shows_tokens: bool = False
     deliver: Deliver
+    arrived: float  # when its request came to the door
     submitted: float = field(default_factory=time.monotonic)
     started: bool = False
     cancelled: bool = False
     tokens: list[int] = field(default_factory=list)
+    num_layers: int = 0
     pieces: list[str] = field(default_factory=list)
+    shown: list[ShownToken] = field(default_factory=list)
 
     @cached_property
     def text(self) -> TextStream:
@@ -86,8 +116,9 @@ class Row:
 class Scheduler:
     """Decodes the rows of all requests together, in the order in which they came."""
 
-    def __init__(self, make_engine: Callable[[], BatchEngine], settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(self, make_engine: Callable[[], BatchEngine], controller: Controller, settings: ServeSettings, metrics: Metrics) -> None:
         self._make_engine = make_engine
+        self._controller = controller
         self._engine = make_engine()
         self._settings = settings
         self._metrics = metrics
@@ -163,12 +194,16 @@ class Scheduler:
     def num_active(self) -> int:
         return len(self._active)
 
-    def retry_after_seconds(self) -> int:
+    def wait_seconds(self) -> float:
         """When the queue will be empty, judged by the last rows that finished."""
         if len(self._finish_times) < 2:
-            return 1
+            return 0.0
         seconds_per_row = (time.monotonic() - self._finish_times[0]) / (len(self._finish_times) - 1)
-        return min(60, max(1, math.ceil(seconds_per_row * len(self._waiting))))
+        return seconds_per_row * len(self._waiting)
+
+    def retry_after_seconds(self) -> int:
+        """What a client is told to wait for."""
+        return min(60, max(1, math.ceil(self.wait_seconds())))
 
     # ---- the thread ----
 
@@ -214,8 +249,9 @@ class Scheduler:
                 self._metrics.queue_rows.set(len(self._waiting))
             if row is None:
                 break
+            point = row.assignment.decided.point
             try:
-                row_id = self._engine.add(row.prompt, row.decoding)
+                row_id = self._engine.add(row.prompt, replace(row.decoding, subnet=point.subnet, exit_threshold=point.exit_threshold))
             except ValueError as error:
                 self._fail(row, ServeError(400, str(error)))
             except Exception:
@@ -224,6 +260,7 @@ class Scheduler:
             else:
                 row.started = True
                 self._active[row_id] = row
+                self._metrics.rows_at_point.labels(point.subnet, f"{point.exit_risk:g}").inc()
                 self._metrics.prompt_tokens.inc(len(row.prompt))
                 self._metrics.queue_seconds.observe(time.monotonic() - row.submitted)
         self._metrics.active_rows.set(len(self._active))
@@ -259,20 +296,42 @@ class Scheduler:
         if not row.tokens:
             self._metrics.first_token_seconds.observe(time.monotonic() - row.submitted)
         row.tokens.append(token.token)
+        row.num_layers += token.num_layers
         is_text = not (token.finished and token.finish_reason == "stop")  # the token that says stop has no text
-        if row.live and is_text:
-            self._show(row, row.text.push([token.token]))
+        if row.live:
+            text = row.text.push([token.token]) if is_text else ""
+            self._show(row, text)
+            if row.shows_tokens:
+                row.shown.append(ShownToken(text, token.num_layers))
         if not (token.finished or row.text.stopped):
             return
         self._leave(token.row, drop=not token.finished)
         if not row.live:
             self._show(row, row.text.push(row.tokens if is_text else row.tokens[:-1]))
-        self._show(row, row.text.close())
-        finish_reason = "stop" if row.text.stopped or token.finish_reason == "stop" else "length"
-        self._outbox.append((row.deliver, Piece(index=row.index, text="".join(row.pieces), num_tokens=len(row.tokens), finish_reason=finish_reason)))
+        rest = row.text.close()
+        self._show(row, rest)
+        if row.shown:
+            row.shown[-1] = ShownToken(row.shown[-1].text + rest, token.num_layers)
+        self._end(row, "stop" if row.text.stopped or token.finish_reason == "stop" else "length")
+
+    def _end(self, row: Row, finish_reason: str) -> None:
+        """The last news of a row that went well, for its client, the controller and the metrics."""
+        piece = Piece(
+            index=row.index,
+            text="".join(row.pieces),
+            finish_reason=finish_reason,
+            num_tokens=len(row.tokens),
+            num_layers=row.num_layers,
+            tokens=tuple(row.shown),
+        )
+        self._outbox.append((row.deliver, piece))
+        now = time.monotonic()
+        self._controller.observe(row.assignment.decided.epoch, 1000 * (now - row.arrived))
+        self._metrics.controller_position.set(self._controller.position)
+        self._metrics.layers_per_token.observe(row.num_layers / len(row.tokens))
         self._metrics.rows.labels(finish_reason).inc()
         with self._wake:
-            self._finish_times.append(time.monotonic())
+            self._finish_times.append(now)
 
     def _show(self, row: Row, text: str) -> None:
         """Sends text on if the client reads a stream, keeps it for the end if not."""

@@ -1,4 +1,4 @@
-"""A checkpoint that is ready to answer: text to tokens, tokens to text, an engine, and what the model cannot take.
+"""A checkpoint that is ready to answer: text to tokens, tokens to text, engines, operating points, and what the model cannot take.
 
 A tokenizer is not safe to use from two threads, so encoding (a thread of its own: a long prompt must not hold up the event loop) and decoding (the scheduler's
 thread) each have a copy.
@@ -11,14 +11,17 @@ import enum
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmdistill.serve.engines import make_engines
 from llmdistill.serve.errors import ServeError
+from llmdistill.serve.offered import measure_points, offered
+from llmdistill.serve.points import Points
 from llmdistill.serve.predict import TaskSection
 from llmdistill.serve.scheduler import BatchEngine
 from llmdistill.serve.settings import ServeSettings
-from llmdistill.serve.start_tokens import make_engine
 
 
 class Precision(enum.Enum):
@@ -36,6 +39,7 @@ class ServedModel:
     created: int  # seconds since 1970
     tokenizer: Any
     make_engine: Callable[[], BatchEngine]
+    points: Points
     vocabulary_size: int
     num_positions: int  # prompt and answer together; 0 where nothing limits them
     answer_continues_prompt: bool  # causal; an encoder-decoder begins a text of its own
@@ -82,8 +86,8 @@ class ServedModel:
             raise ServeError(400, message, param="prompt", code="context_length_exceeded")
 
 
-def load_served_model(checkpoint: Path, *, settings: ServeSettings, device: str, precision: Precision) -> ServedModel:
-    """Loads a checkpoint for serving."""
+def load_served_model(checkpoint: Path, *, settings: ServeSettings, device: str, precision: Precision, front: str = "") -> ServedModel:
+    """Loads a checkpoint for serving, and measures how fast it is; `front` as in app.serve."""
     config_path = checkpoint / "config.json"
     if not config_path.is_file():
         raise ValueError(f"{checkpoint} has no config.json; give the folder of a checkpoint, as runs/PIPELINE/latest/STAGE")
@@ -95,13 +99,17 @@ def load_served_model(checkpoint: Path, *, settings: ServeSettings, device: str,
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     task = TaskSection.from_config(json.loads(config_path.read_text(encoding="utf-8")), is_encoder_decoder=is_encoder_decoder)
     starts = sorted(set(task.prompts.decoder_start_token_ids.values()))
+    num_positions = 0 if is_encoder_decoder else int(model.config.max_position_embeddings)
+    found = offered(model, front)
+    make = partial(make_engines, starts=starts, max_batch_rows=settings.max_batch_rows)
     return ServedModel(
         name=settings.model_name or checkpoint.name or checkpoint.resolve().name,
         created=int(config_path.stat().st_mtime),
         tokenizer=tokenizer,
-        make_engine=lambda: make_engine(model, starts, settings.max_batch_rows),
+        make_engine=lambda: make({one.subnet: one.model for one in found}),
+        points=measure_points(found, make, num_positions=num_positions, max_rows=settings.max_batch_rows),
         vocabulary_size=int(model.config.vocab_size),
-        num_positions=0 if is_encoder_decoder else int(model.config.max_position_embeddings),
+        num_positions=num_positions,
         answer_continues_prompt=not is_encoder_decoder,
         task=task,
     )

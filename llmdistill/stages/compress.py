@@ -29,7 +29,8 @@ from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.spec import write
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.elastic.kept import is_elastic, refusal
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
 from llmdistill.stages.elastic import Elastic
 from llmdistill.tasks.task import Task
@@ -89,7 +90,7 @@ class Compress(Stage[Checkpoint]):
                 f"{late.kind} comes after {self.methods[order.index(True)].kind}, which leaves integers that it cannot change; put {late.kind} first"
             )
         if isinstance(self.checkpoint, Elastic):
-            raise ValueError(_elastic(self.checkpoint.name))
+            raise ValueError(refusal(f"the student of {self.checkpoint.name!r}", verb="compress"))
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.models import checkpoint
@@ -121,7 +122,6 @@ class Compress(Stage[Checkpoint]):
         """Write the student as it is after the methods that come before the recovery, once."""
         if folder.exists():
             return
-        from llmdistill.elastic.kept import is_elastic
         from llmdistill.models import checkpoint
 
         writing = folder.with_name("initial.writing")
@@ -129,7 +129,7 @@ class Compress(Stage[Checkpoint]):
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
         if is_elastic(model):
-            raise ValueError(_elastic(self.checkpoint.name))
+            raise ValueError(refusal(f"the student of {self.checkpoint.name!r}", verb="compress"))
         calibration = self._calibration(rows, tokenizer, model)
         record: dict[str, Any] = {"before": _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}, "steps": []}
         self._apply(model, [method for method in self.methods if not method.quantizes], calibration, record)
@@ -195,9 +195,8 @@ class Compress(Stage[Checkpoint]):
         return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
 
     def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
-        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows]
         limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-        return self.loss.examples(lessons, tokenizer, model.config, **limits)
+        return self.loss.examples(lessons_of(rows), tokenizer, model.config, **limits)
 
     def _write(self, run: Run, model: "PreTrainedModel", tokenizer: Any, calibration: "Calibration", record: dict[str, Any]) -> dict[str, JsonScalar]:
         """Write the checkpoint; returns its figures."""
@@ -215,13 +214,6 @@ class Compress(Stage[Checkpoint]):
         checkpoint.save(model.eval(), tokenizer, run.folder, lineage=[*source.lineage(), entry], card=card)
         (run.folder / COMPRESSION).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return figures
-
-
-def _elastic(name: str) -> str:
-    return (
-        f"the student of {name!r} is elastic, and compressing the whole would leave sub-networks that nothing was trained for: extract one "
-        "(the Extract stage, or `llmdistill extract FOLDER OUT --subnet TEXT`) and compress that, or compress before the elastic stage"
-    )
 
 
 def _step(

@@ -3,6 +3,8 @@
 The rows with split "train" are learned from; those with split "validation" choose the weights. What the student reads, how it is told the task and how long its
 answers get is written into config.json under `llmdistill` (losses/prompts.py), so that evaluation and the server ask it what it was taught.
 
+An elastic student is refused: its sub-networks would be left behind. One of them is extracted first and trained, or the student is made elastic afterwards.
+
 While it builds, `training/` holds the student as it was before its first step (so that a resumed run has the same tokenizer) and the state of the training;
 it is removed when the checkpoint is written. metrics.jsonl has the loss curves, and trackers/ what tensorboard is to show.
 """
@@ -18,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
+from llmdistill.core.spec import write
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
+from llmdistill.elastic.kept import is_elastic, refusal
 from llmdistill.losses.multitask import LABEL, LabelOnly, Lesson, Multitask, RationaleOnly
 from llmdistill.models.student import ScratchT5, Student
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.distil_card import Learned, model_card, task_section
+from llmdistill.stages.elastic import Elastic
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, TrainSettings
 from llmdistill.tuning import Full, LoRA, adapt, merge
@@ -70,6 +75,8 @@ class Distil(Stage[Checkpoint]):
         needs_label = self.settings.best in (Best.LABEL_LOSS, Best.ACCURACY)
         if needs_label and LABEL not in self.loss.parts:
             raise ValueError(f"settings.best is {self.settings.best.name}, and the loss {self.loss.kind} learns no labels; use LOSS or LAST")
+        if isinstance(self.student, Elastic):
+            raise ValueError(refusal(self._whose, verb="distil"))
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.train import Lessons, train
@@ -83,6 +90,8 @@ class Distil(Stage[Checkpoint]):
                 shutil.rmtree(finished, ignore_errors=True)
                 self._prepare(run, folder / "initial", lessons["train"])
         model, tokenizer = self._load(folder / "initial")
+        if is_elastic(model):
+            raise ValueError(refusal(self._whose, verb="distil"))
         examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
         train_lessons = Lessons(train=examples["train"], validation=examples["validation"], score=self._score(lessons["validation"], tokenizer))
         trained = train(model, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
@@ -94,6 +103,10 @@ class Distil(Stage[Checkpoint]):
             shutil.rmtree(finished)
         process.wait_for_everyone()
         return figures
+
+    @property
+    def _whose(self) -> str:
+        return f"the student of {self.student.name!r}" if isinstance(self.student, Stage) else f"the student {write(self.student)}"
 
     @property
     def _limits(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.elastic.axes import Axes
 from llmdistill.elastic.strategy import Progressive, Sandwich, watched
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
@@ -147,7 +147,7 @@ class Elastic(Stage[Checkpoint]):
         writing.rename(folder)
 
     def _examples(self, rows: Sequence[RationaleRow], split: str, tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
-        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows if row.split == split]
+        lessons = lessons_of(row for row in rows if row.split == split)
         limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
         examples = self.loss.examples(lessons, tokenizer, model.config, **limits)
         if not examples and (split == "train" or self.settings.best is not Best.LAST):

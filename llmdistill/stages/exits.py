@@ -23,7 +23,7 @@ from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.models.exit_settings import Confidence, ExitSettings, Policy
 from llmdistill.stages.distil_card import task_section
 from llmdistill.tasks.task import Task
@@ -171,7 +171,7 @@ class TrainExits(Stage[Checkpoint]):
         return sorted(counts.keys() | set([] if stops is None else [stops] if isinstance(stops, int) else stops))
 
     def _examples(self, rows: Sequence[RationaleRow], split: str, tokenizer: Any, model: Any) -> "list[Example]":
-        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows if row.split == split]
+        lessons = lessons_of(row for row in rows if row.split == split)
         limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
         examples = self.loss.examples(lessons, tokenizer, model.config, **limits)
         if not examples and (split == "train" or self.settings.best is not Best.LAST):

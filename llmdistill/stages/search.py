@@ -32,7 +32,7 @@ from llmdistill.elastic.nsga2 import NSGA2
 from llmdistill.elastic.question import Candidate, Limit, Question, Supernet, excess, front, hypervolume, search
 from llmdistill.elastic.random_search import RandomSearch
 from llmdistill.elastic.space import Space
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.answering import Answering
 from llmdistill.tasks.task import Task
 
@@ -249,8 +249,7 @@ class _Measured:
 
     def examples(self, loss: Multitask | LabelOnly | RationaleOnly) -> list[Any]:
         """The rows in tokens."""
-        lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in self.rows]
-        return loss.examples(lessons, self.student.tokenizer, self.student.model.config, max_input_tokens=512, max_target_tokens=128)
+        return loss.examples(lessons_of(self.rows), self.student.tokenizer, self.student.model.config, max_input_tokens=512, max_target_tokens=128)
 
 
 def _some(space: Space, number: int, seed: int) -> Iterator[Subnet]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from elastic_models import elastic_model, rows
 from safetensors.torch import load_file
-from tiny_training import Journal
+from tiny_training import Journal, in_two_processes
 
 from llmdistill.batches import Batch, collate
 from llmdistill.elastic.axes import Axes
@@ -110,12 +110,13 @@ def test_the_teacher_gets_no_gradient_from_its_pupils(name: str) -> None:
 
 
 def trained(
-    name: str, folder: Path, *, steps: int = 6, strategy: Sandwich | Progressive = Sandwich(), dtype: torch.dtype = torch.float64, **settings: Any
+    name: str, folder: Path, *, strategy: Sandwich | Progressive = Sandwich(), is_frozen: bool = False, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> Any:
     model, space = elastic_model(name, AXES, dtype)
-    chosen = TrainSettings(duration=Steps(steps), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, **settings)
+    loss = loss_of(space, strategy, teacher=FrozenTeacher(perturbed(model)) if is_frozen else None)
+    chosen = TrainSettings(duration=Steps(6), batch_size=8, evaluate_every_steps=2, learning_rate=1e-2, best=Best.LAST, **settings)
     journal = Journal()
-    done = train(model, Lessons(train=rows(20), validation=rows(5, seed=1)), loss_of(space, strategy), chosen, folder, seed=0, journal=journal)
+    done = train(model, Lessons(train=rows(20), validation=rows(5, seed=1)), loss, chosen, folder, seed=0, journal=journal)
     return load_file(done.weights), journal
 
 
@@ -126,6 +127,27 @@ def test_eight_at_once_are_eight_times_one(name: str, strategy: Sandwich | Progr
     pieces, _ = trained(name, tmp_path / "1x8", micro_batch_size=1, strategy=strategy)
     rtol, atol = (1e-6, 1e-8) if "t5" in name else (1e-4, 1e-6)  # Llama's norm is in float32 whatever the model is in
     torch.testing.assert_close(pieces, whole, rtol=rtol, atol=atol)
+
+
+PROCESS_RUNS: dict[str, dict[str, Any]] = {
+    "t5 v1.1": {"strategy": Sandwich(), "is_frozen": True, "micro_batch_size": 2},
+    "qwen2": {"strategy": Progressive(), "micro_batch_size": 8},
+}
+
+
+def all_of_processes(folder: Path) -> None:
+    """A run of each strategy, by however many processes there are."""
+    for name, settings in PROCESS_RUNS.items():
+        trained(name, folder / name, **settings)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    in_two_processes(all_of_processes, tmp_path / "two")
+    for name, settings in PROCESS_RUNS.items():
+        one, _ = trained(name, tmp_path / name, **settings)
+        two = load_file(tmp_path / "two" / name / "weights-00000006.safetensors")
+        rtol, atol = (1e-6, 1e-8) if "t5" in name else (1e-4, 1e-6)
+        torch.testing.assert_close(two, one, rtol=rtol, atol=atol)
 
 
 def test_a_broken_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_forms_and_sizes_are_those_they_name() -> None:
     for student, millions in (
         (ScratchT5(size=T5Size.TINY), 0.8),
         (ScratchT5(size=T5Size.MINI), 3.1),
+        (ScratchT5(size=T5Size.MIDI), 9.4),
         (ScratchCausal(size=CausalSize.TINY), 0.7),
         (ScratchCausal(size=CausalSize.MINI), 2.4),
     ):

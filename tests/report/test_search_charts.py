@@ -11,6 +11,7 @@ import pytest
 
 from llmdistill.report import page
 from llmdistill.report.search_charts import MAX_ASKED, front_chart, shown_cost, thinned, titled
+from llmdistill.report.text import summary
 
 NASTY = "<script>alert('&\"')</script>"
 
@@ -138,3 +139,18 @@ def test_the_section_tells_all_and_stays_text() -> None:
     assert "<script" not in html
     assert "http" not in html.replace("http-equiv", "")
     assert "Sub-networks" not in page.render(report())
+
+
+def test_the_terminal_tells_what_was_chosen() -> None:
+    told = summary(report(search(), search(limits=[], chosen=point(3)["subnet"])))
+    lines = told.splitlines()
+    first = lines.index("search 0: the most accurate with latency, batch 1 of at most 6.50 ms and weight of at most 10 MB is")
+    assert lines[first + 1] == point(2)["subnet"]
+    assert [line.split() for line in lines[first + 2 : first + 6 : 3]] == [
+        ["validation", "accuracy", "parameters", "weight", "latency,", "batch", "1"],
+        ["measured", "68.5%", "370", "k", "1.48", "MB", "5", "ms"],
+    ]
+    assert lines[first + 4].split() == ["predicted", "70.0%", "370", "k", "1.48", "MB", "5.10", "ms"]
+    second = lines.index("search 1: the cheapest that is about as accurate as the best is")
+    assert lines[second + 1] == point(3)["subnet"]
+    assert "is about" not in summary(report())

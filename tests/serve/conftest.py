@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from llmdistill.decode.decoding import Decoding, Token
 from llmdistill.serve.app import build_app
 from llmdistill.serve.gate import Gate
+from llmdistill.serve.pace import Pace
+from llmdistill.serve.points import OperatingPoint, Points
 from llmdistill.serve.predict import TaskSection
 from llmdistill.serve.scheduler import BatchEngine
 from llmdistill.serve.served_model import ServedModel
@@ -31,6 +33,9 @@ TEXTS = [
     "größere Jacke? 小さい箱が届いた 🙂 naïve café",
 ] * 3
 DEFAULT_SETTINGS = ServeSettings()
+NUM_LAYERS = 4
+PACE = Pace(beginning=0.001, per_prompt_token=0.0001, per_step=0.001, per_neighbour=0.0001)
+ONE_POINT = Points([OperatingPoint(num_layers=NUM_LAYERS, weight_bytes=1000, pace=PACE)])
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 
 
@@ -109,7 +114,13 @@ class ScriptedEngine:
         is_stop, is_last = token == self.eos, self.positions[row] >= decoding.max_new_tokens
         if is_stop or is_last:
             self.drop(row)
-        return Token(row=row, token=token, finished=is_stop or is_last, finish_reason="stop" if is_stop else "length" if is_last else None, logprob=0.0)
+        finish_reason = "stop" if is_stop else "length" if is_last else None
+        return Token(row=row, token=token, finished=is_stop or is_last, finish_reason=finish_reason, logprob=0.0, num_layers=self.num_layers(decoding))
+
+    def num_layers(self, decoding: Decoding) -> int:
+        """A threshold of 0.5 halves the layers."""
+        assert isinstance(decoding.exit_threshold, float)
+        return round(NUM_LAYERS * decoding.exit_threshold)
 
 
 @dataclass
@@ -157,6 +168,7 @@ def make_model(tokenizer: Any, engine: BatchEngine | Callable[[], BatchEngine], 
         vocabulary_size=len(tokenizer),
         num_positions=fields.pop("num_positions", 0),
         answer_continues_prompt=causal,
+        points=fields.pop("points", ONE_POINT),
         task=fields.pop("task", TaskSection.from_config({}, is_encoder_decoder=not causal)),
         **fields,
     )

@@ -283,6 +283,7 @@ NAMES = [
     "stop",
     "stream",
     "stream_options",
+    "llmdistill",
     "fields",
     "input",
     "rationale",

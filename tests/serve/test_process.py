@@ -14,6 +14,8 @@ SCRIPT = """
 import sys, time
 from llmdistill.decode.decoding import Token
 from llmdistill.serve.app import run_server
+from llmdistill.serve.pace import Pace
+from llmdistill.serve.points import OperatingPoint, Points
 from llmdistill.serve.predict import TaskSection
 from llmdistill.serve.served_model import ServedModel
 from llmdistill.serve.settings import ServeSettings
@@ -33,13 +35,14 @@ class Engine:
     def step(self):
         time.sleep(float(sys.argv[1]))
         self.left -= 1
-        return [Token(self.row, 97, not self.left, None if self.left else "length", 0.0)]
+        return [Token(self.row, 97, not self.left, None if self.left else "length", 0.0, 2)]
     def drop(self, row):
         pass
 
 task = TaskSection.from_config({}, is_encoder_decoder=True)
 numbers = {"created": 1, "vocabulary_size": 256, "num_positions": 0}
-model = ServedModel(name="m", tokenizer=Tokenizer(), make_engine=Engine, answer_continues_prompt=False, task=task, **numbers)
+points = Points([OperatingPoint(num_layers=2, weight_bytes=1, pace=Pace(beginning=0.0, per_prompt_token=0.0, per_step=0.001, per_neighbour=0.0))])
+model = ServedModel(name="m", tokenizer=Tokenizer(), make_engine=Engine, points=points, answer_continues_prompt=False, task=task, **numbers)
 assert "torch" not in sys.modules, "a server must not need torch before it has a model"
 run_server(model, "127.0.0.1", 0, ServeSettings(drain_seconds=float(sys.argv[2])))
 """

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
 
-from llmdistill.decode.decoding import Decoding
+from llmdistill.serve.controller import Controller, Decided
+from llmdistill.serve.engines import PlacedDecoding
 from llmdistill.serve.errors import ServeError
 from llmdistill.serve.metrics import Metrics
-from llmdistill.serve.scheduler import BatchEngine, Deliver, Event, Failure, Piece, Row, Scheduler
+from llmdistill.serve.pace import Pace
+from llmdistill.serve.points import OperatingPoint
+from llmdistill.serve.scheduler import Assignment, BatchEngine, Deliver, Event, Failure, Piece, Row, Scheduler
 from llmdistill.serve.settings import ServeSettings
 from llmdistill.serve.text import TextStream
 
 EOS = 0
+POINT = OperatingPoint(num_layers=4, weight_bytes=1, pace=Pace(beginning=0.0, per_prompt_token=0.0, per_step=0.001, per_neighbour=0.0))
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -31,11 +36,13 @@ class Client:
         self.row = Row(
             index=0,
             prompt=[ord(character) for character in text],
-            decoding=Decoding(max_new_tokens=100),
+            decoding=PlacedDecoding(max_new_tokens=100),
+            assignment=Assignment(lambda: Decided(POINT)),
             make_text=partial(TextStream, decode, stop=stop),
             live=stream or bool(stop),
             stream=stream,
             deliver=self.deliver,
+            arrived=0.0,
         )
 
     def deliver(self, event: Event) -> None:
@@ -58,7 +65,7 @@ class Rig:
     def __init__(self, engines: Sequence[BatchEngine], settings: ServeSettings) -> None:
         self.metrics = Metrics()
         made = iter(engines)
-        self.scheduler = Scheduler(lambda: next(made), settings, self.metrics)
+        self.scheduler = Scheduler(lambda: next(made), Controller([POINT], math.inf), settings, self.metrics)
         self.num_posts = 0
         self.scheduler.start(self.post)
 
@@ -98,7 +105,9 @@ def test_rows_join_a_batch_that_decodes_and_give_their_place_on(rig, scripted_en
     for client in clients:
         running.scheduler.submit([client.row])
     for client in clients:
-        assert client.wait() == Piece(index=0, text="" if client.row.stream else client.text, num_tokens=len(client.row.prompt) + 1, finish_reason="stop")
+        ended = client.wait()
+        num_tokens, text = len(client.row.prompt) + 1, "" if client.row.stream else client.text
+        assert ended == Piece(index=0, text=text, finish_reason="stop", num_tokens=num_tokens, num_layers=4 * num_tokens)
         assert client.text == decode(client.row.prompt)
     assert engine.most_rows == 3
     assert running.value("llmdistill_rows_total", reason="stop") == 20
@@ -122,8 +131,8 @@ def test_a_stop_string_ends_the_row_in_the_engine_too(rig, scripted_engine, stre
     assert client.text == "one "
     assert not engine.prompts
     length = Client("aaaa")
-    length.row.decoding = Decoding(max_new_tokens=2)
-    assert running.ask(length) == [Piece(index=0, text="aa", num_tokens=2, finish_reason="length")]
+    length.row.decoding = PlacedDecoding(max_new_tokens=2)
+    assert running.ask(length) == [Piece(index=0, text="aa", finish_reason="length", num_tokens=2, num_layers=8)]
 
 
 def test_a_cancelled_row_leaves_the_batch_and_the_queue(rig, scripted_engine) -> None:

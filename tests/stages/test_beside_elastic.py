@@ -1,4 +1,4 @@
-"""Compress beside Elastic: an elastic student is refused before any work, its extraction is compressed and recovered like any student."""
+"""Compress and Distil beside Elastic: an elastic student is refused before any work, its extraction is compressed, recovered and trained like any student."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from llmdistill.models.int8_linear import Int8Linear
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.student import Pretrained
 from llmdistill.stages.compress import Compress
+from llmdistill.stages.distil import Distil
 from llmdistill.stages.elastic import Elastic
 from llmdistill.stages.take import Take
 from llmdistill.tasks.answers.choice import Choice
@@ -68,6 +69,34 @@ def test_a_pipeline_that_would_compress_an_elastic_student_is_refused_when_it_is
     stage = Elastic(checkpoint=student, task=task(tmp_path), rationales=rationales())
     with pytest.raises(ValueError, match="the student of 'elastic' is elastic"):
         compress(tmp_path, stage, Int8())
+
+
+def distil(folder: Path, student: Pretrained | Stage[Checkpoint]) -> Distil:
+    settings = TrainSettings(duration=Steps(2), batch_size=8, evaluate_every_steps=2)
+    return Distil(task=task(folder), rationales=rationales(num_train=24, num_validation=8), student=student, settings=settings)
+
+
+@pytest.mark.parametrize("is_stage", [True, False])
+def test_an_elastic_student_is_not_distilled(is_stage: bool, elastic: Path, tmp_path: Path) -> None:
+    source = Pretrained(source=str(elastic))
+    stage = distil(tmp_path, Take(name="taken", source=source) if is_stage else source)
+    whose = "the student of 'taken'" if is_stage else f"the student pretrained:{elastic}"
+    with pytest.raises(ValueError, match=f"{whose} is elastic.*extract one .* and distil that, or distil before the elastic stage"):
+        Store(tmp_path / "store").build(stage)
+
+
+def test_a_pipeline_that_would_distil_an_elastic_student_is_refused_when_it_is_written(tmp_path: Path) -> None:
+    student = Take(name="student", source=tiny_student(tmp_path / "student"))
+    with pytest.raises(ValueError, match="the student of 'elastic' is elastic"):
+        distil(tmp_path, Elastic(checkpoint=student, task=task(tmp_path), rationales=rationales()))
+
+
+def test_an_extraction_is_distilled(elastic: Path, tmp_path: Path) -> None:
+    extract(elastic, "smallest", tmp_path / "small")
+    built = Store(tmp_path / "store").build(distil(tmp_path, Pretrained(source=str(tmp_path / "small"))))
+    model, _ = checkpoint.load(built.folder)
+    assert not is_elastic(model)
+    assert model.config.d_model == 8
 
 
 def test_an_extraction_is_factorised_recovered_quantized_and_decodes(elastic: Path, tmp_path: Path) -> None:
