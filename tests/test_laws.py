@@ -32,7 +32,9 @@ from llmdistill.core.pipeline import load
 from llmdistill.core.stage import Stage
 from llmdistill.core.store import Store
 from llmdistill.stages.annotate import Annotate
+from llmdistill.stages.calibrate import CalibrateExits
 from llmdistill.stages.compress import Compress
+from llmdistill.stages.exits import TrainExits, Trains
 from llmdistill.teach.teacher import Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,10 @@ def test_every_identity_field_of_every_stage_counts_for_it_and_those_below_alone
     compressed = next(stage for stage in Graph.above(last).stages if isinstance(stage, Compress))
     in_order = tuple(dataclasses.replace(method, in_order=True) if isinstance(method, SVD) else method for method in compressed.methods)
     last = _with(last, compressed, dataclasses.replace(compressed, methods=in_order))
+    exits = next(stage for stage in Graph.above(last).stages if isinstance(stage, TrainExits))
+    last = _with(last, exits, dataclasses.replace(exits, trains=Trains.WHOLE))  # else no layer may be left out
+    calibrated = next(stage for stage in Graph.above(last).stages if isinstance(stage, CalibrateExits))
+    last = _with(last, calibrated, dataclasses.replace(calibrated, deltas=(0.02, 0.05)))
     before = _keys(last)
     below = {name: {other.name for other in Graph.above(last).stages if name in _keys(other)} for name in before}
     num_fields = 0

@@ -4,6 +4,7 @@ A small process without torch forks the writers, so that 200 of them start in mi
 says in a log what it asks and what is done. Several write into one cache at once, and are killed whatever they do.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -95,13 +96,16 @@ def test_two_hundred_kills_lose_nothing_and_ask_nothing_twice(tmp_path: Path) ->
             forker.stdin.write(f"{writer} {max(0, num_done - NUM_QUESTIONS // 2)}\n")
             return int(forker.stdout.readline())
 
-        for _ in range(NUM_KILLS // NUM_WRITERS):
+        num_kills = 0
+        while num_kills < NUM_KILLS:
             running = [start(writer) for writer in range(NUM_WRITERS)]
             wait_for_lines(tmp_path / f"log{chance.randrange(NUM_WRITERS)}", num_bytes=chance.randrange(200))
             for pid in chance.sample(running, NUM_WRITERS):
                 time.sleep(chance.uniform(0.0, 0.005))
                 assert not (tmp_path / "failed").exists(), (tmp_path / "failed").read_text()
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # a writer may have come to its end, on a machine where this process waits for its turn
+                    os.kill(pid, signal.SIGKILL)
+                    num_kills += 1
         forker.stdin.close()
         forker.wait(timeout=30)
     assert not (tmp_path / "failed").exists(), (tmp_path / "failed").read_text()
