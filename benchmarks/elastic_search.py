@@ -83,7 +83,8 @@ def main() -> None:
         return {"parameters": num_parameters(space, subnet)}
 
     everything = [Candidate(subnet=subnet, accuracy=accuracy, costs=costs(subnet)) for subnet, accuracy in accuracies.items()]
-    print(f"{len(rows)} validation rows; all {len(everything)} sub-networks: {told(everything, whole)}")
+    least, most = min(accuracies.values()), max(accuracies.values())
+    print(f"{len(rows)} validation rows; all {len(everything)} sub-networks, {100 * least:.1f}% to {100 * most:.1f}%: {told(everything, whole)}")
     figures: list[dict[str, Any]] = []
     for budget in arguments.budgets:
         qualities = [predicted(space, accuracies, budget, seed) for seed in arguments.seeds]

@@ -100,7 +100,7 @@ def low_rank_ends(model: Any) -> Any:
     model.model.embed_tokens, model.lm_head = embedding, embedding.head()
     table = Int8Embedding.from_embedding(embedding.table)
     embedding.set_submodule("table", table)
-    model.lm_head.up = table.head()
+    model.lm_head.up = table.head()  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
