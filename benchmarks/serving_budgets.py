@@ -1,4 +1,4 @@
-"""What budgets are worth under load, on a real student: `llmdistill run quickstart`, then `python benchmarks/serving_budgets.py`.
+"""What budgets are worth under load: `llmdistill run quickstart`, then `python benchmarks/serving_budgets.py`; or `--random`, which needs nothing.
 
 Servers of the quickstart's elastic student (label only, messages of the test split), each a process of its own with one thread for the model:
 
@@ -6,6 +6,9 @@ Servers of the quickstart's elastic student (label only, messages of the test sp
     ctranslate2   FastAPI and CTranslate2, all that waits in one batch, the whole student converted to float32
     whole         ours, the whole student
     budgets       ours, the sub-networks that the search measured, with the target for p95: the server moves along them
+
+That student is so small that most of an answer's time is HTTP's. `--random` serves an elastic T5-small of random weights instead (prompts and answers as in
+serving.py), whose server has its whole and its smallest sub-network to choose from; without ctranslate2, which gives all rows of a batch one length.
 
 The load is open (serving.py): Poisson arrivals whose rate grows by half each time, for as long as a server keeps up. Told are p50, p95 and p99 of the latency,
 how many answers a second, the processor time that the server spent on each, how many are right by the known intents, and in the end the most answers a second
@@ -24,7 +27,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from serving import Measured, ServerProcess, load, one_by_one, serve_plain, server_process
+import serving
+from serving import Measured, ServerProcess, load, make_checkpoint, one_by_one, serve_plain, server_process
 
 GROWTH = 1.5
 KEEPS_UP = 3
@@ -34,7 +38,14 @@ SIDES = ("plain", "ctranslate2", "whole", "budgets")
 WARM_UP = 0.25
 
 
-def make_requests(checkpoint: Path, num_requests: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def asked(arguments: argparse.Namespace, num_requests: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Requests, and the right answers to them."""
+    if arguments.random:
+        return serving.make_requests("t5-small", num_requests), [""] * num_requests
+    return make_requests(arguments.checkpoint, num_requests)
+
+
+def make_requests(checkpoint: Path, num_requests: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Messages of the test split, drawn at random, as the student reads them; and their intents."""
     from llmdistill.losses.prompts import PREDICT
     from llmdistill.serve.predict import TaskSection
@@ -42,9 +53,23 @@ def make_requests(checkpoint: Path, num_requests: int, seed: int) -> tuple[list[
 
     task = TaskSection.from_config(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), is_encoder_decoder=True)
     rows = [row for row in tickets().rows() if row.split == "test"]
-    drawn = random.Random(seed).choices(rows, k=num_requests)
+    drawn = random.Random(0).choices(rows, k=num_requests)
     prompts = [task.prompt(PREDICT, task.text({name: row.fields[name] for name in task.field_names})) for row in drawn]
     return [{"model": "model", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0} for prompt in prompts], [str(row.gold) for row in drawn]
+
+
+def make_random(folder: Path) -> Path:
+    """An elastic T5-small of random weights."""
+    from llmdistill.elastic.axes import Axes
+    from llmdistill.elastic.kept import keep
+    from llmdistill.elastic.measure import shape_of
+    from llmdistill.models.checkpoint import load, save
+
+    make_checkpoint("t5-small", folder / "plain")
+    model, tokenizer = load(folder / "plain")
+    keep(model, Axes(ffn=(0.5,), heads=(0.5,), depth=(0.5,), width=(0.5,)).space(shape_of(model)))
+    save(model, tokenizer, folder / "elastic", lineage=[], card="a benchmark")
+    return folder / "elastic"
 
 
 def convert(checkpoint: Path, out: Path) -> None:
@@ -109,7 +134,8 @@ def serve_ours(checkpoint: Path, front: str, target_ms: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/latest/elastic"))
-    parser.add_argument("--front", type=Path, default=Path("runs/quickstart/latest/search"))
+    parser.add_argument("--front", default="runs/quickstart/latest/search")
+    parser.add_argument("--random", action="store_true", help="a T5-small of random weights instead")
     parser.add_argument("--target-ms", type=float, default=100.0)
     parser.add_argument("--first-rate", type=float, default=40.0, help="requests a second")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each server at each rate")
@@ -124,7 +150,10 @@ def main() -> None:
         run_side(arguments)
         return
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        options = ["--checkpoint", str(arguments.checkpoint), "--front", str(arguments.front), "--target-ms", str(arguments.target_ms)]
+        if arguments.random:
+            arguments.checkpoint, arguments.front = make_random(Path(temporary)), ""
+            arguments.sides.remove("ctranslate2")
+        options = ["--checkpoint", str(arguments.checkpoint), "--front", arguments.front, "--target-ms", str(arguments.target_ms)]
         converted = Path(temporary) / "converted"
         servers = {side: stack.enter_context(server_process(side, converted, arguments.threads, script=__file__, options=options)) for side in arguments.sides}
         runs = climb(servers, arguments)
@@ -143,13 +172,13 @@ def main() -> None:
 
 def climb(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Faster and faster, for each server until it does not keep up."""
-    requests, _ = make_requests(arguments.checkpoint, 30, seed=0)
+    requests, _ = asked(arguments, 30)
     for side, server in servers.items():
         print(f"{side:>11}: {max(asyncio.run(one_by_one(server.url, requests)) for _ in range(arguments.repeats)):.1f} answers/s one by one", flush=True)
     runs: list[dict[str, Any]] = []
     rate, left = arguments.first_rate, dict(servers)
     while left:
-        requests, intents = make_requests(arguments.checkpoint, round(rate * arguments.seconds), seed=1)
+        requests, intents = asked(arguments, round(rate * arguments.seconds))
         measured: dict[str, list[Measured]] = {side: [] for side in left}
         begin = {side: server.cpu_seconds() for side, server in left.items()}
         for _ in range(arguments.repeats):
@@ -161,7 +190,8 @@ def climb(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> l
             cpu_ms = 1000 * (left[side].cpu_seconds() - begin[side]) / max(1, sum(bool(text) for run in all_runs for text in run.texts))
             runs.append({"side": side, "rate": rate, "is_complete": run.is_complete, **figures_of(run, intents), "cpu_ms_per_answer": cpu_ms})
             quantiles = " ".join(f"p{percent} {run.percentile(percent):7.1f} ms" for percent in (50, 95, 99))
-            said = f"{run.answers_per_second:6.1f} answers/s, {cpu_ms:5.2f} CPU ms each, {100 * runs[-1]['accuracy']:.1f}% right"
+            said = f"{run.answers_per_second:6.1f} answers/s, {cpu_ms:6.2f} CPU ms each"
+            said += "" if arguments.random else f", {100 * runs[-1]['accuracy']:.1f}% right"
             print(f"{side:>11}: {rate:6.1f}/s: {quantiles}  {said}", flush=True)
             if not run.is_complete or run.percentile(95) > KEEPS_UP * arguments.target_ms:
                 del left[side]
@@ -199,7 +229,7 @@ def run_side(arguments: argparse.Namespace) -> None:
     elif arguments.side == "whole":
         serve_ours(checkpoint, "", float("inf"))
     else:
-        serve_ours(checkpoint, str(arguments.front), arguments.target_ms)
+        serve_ours(checkpoint, arguments.front, arguments.target_ms)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Skip:
     """Tokens skip layers or feed-forwards; the first number is what computing all of them counts in the loss, in nats."""
 
     kind: ClassVar[str] = "skip"
-    compute_weight: float = 0.02
+    compute_weight: float = 0.05
     unit: Unit = Unit.LAYER
     refine: bool = False
 
@@ -73,7 +73,7 @@ def pipeline(
         checkpoint: A folder, a hub id with its revision, or a package's weights; see llmdistill/models/source.py.
         task: The rows that the student is for; known answers, where there are any, are for its accuracy.
         rationales: Whose labels and reasons are learned beside the student's logits.
-        technique: What is decided, as `skip:0.02?unit=FEED_FORWARD&refine=true` or `channels:4?groups=8`.
+        technique: What is decided, as `skip:0.05?unit=FEED_FORWARD&refine=true` or `channels:4?groups=8`.
         where: Whose layers decide: the encoder's, the decoder's, or those of both.
         loss: What matters in the rows: labels, rationales or both.
         kl_weight: What KL from the student's own former logits counts.

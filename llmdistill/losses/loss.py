@@ -74,12 +74,15 @@ def _causal_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequ
 @contextmanager
 def _without_layers(inner: Any, skipped: Sequence[int]) -> Iterator[None]:
     """A causal model's layers but these. An attribute of the object itself comes before a registered module of that name, so nothing is unregistered."""
-    if skipped:
-        vars(inner)["layers"] = nn.ModuleList(layer for index, layer in enumerate(inner.layers) if index not in skipped)
+    if not skipped:
+        yield
+        return
+    assert "layers" not in vars(inner), "no layers are left out of a sub-network"
+    vars(inner)["layers"] = nn.ModuleList(layer for index, layer in enumerate(inner.layers) if index not in skipped)
     try:
         yield
     finally:
-        vars(inner).pop("layers", None)
+        del vars(inner)["layers"]
 
 
 def _decoder_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

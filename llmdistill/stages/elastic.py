@@ -130,11 +130,17 @@ class Elastic(Stage[Checkpoint]):
         from llmdistill.elastic.measure import shape_of
         from llmdistill.elastic.sorting import order_by, sort
         from llmdistill.models import checkpoint
+        from llmdistill.models.exits import exits_of
 
         writing = folder.with_name("initial.writing")
         shutil.rmtree(writing, ignore_errors=True)
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
+        if exits_of(model) is not None:
+            raise ValueError(
+                f"the student of {self.checkpoint.name!r} has exits, which read the states of the whole in the order that they have now: "
+                "make the student elastic first, take out a sub-network, and give that exits"
+            )
         space = self.axes.space(shape_of(model))  # refuses what cannot be before anything is measured
         if self.num_importance_rows:
             examples = self._examples(rows, "train", tokenizer, model)[: self.num_importance_rows]

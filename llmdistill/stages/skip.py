@@ -1,7 +1,7 @@
 """Students that decide what to compute, token by token: layers or feed-forwards that are skipped, and feed-forwards of which some groups of neurons are used.
 
-    skipping = SkipLayers(checkpoint=student, task=task, rationales=rationales, compute_weight=0.2)
-    refined = RefineSkips(checkpoint=skipping, teacher=student, task=task, rationales=rationales, compute_weight=0.2)
+    skipping = SkipLayers(checkpoint=student, task=task, rationales=rationales, compute_weight=0.05)
+    refined = RefineSkips(checkpoint=skipping, teacher=student, task=task, rationales=rationales, compute_weight=0.05)
     gated = GateChannels(checkpoint=student, task=task, rationales=rationales, groups=8, kept=2)
 
 Each takes a student, puts gates in (models/skipping.py, models/channel_gated_feed_forward.py) and trains it for a while, with the student as it
@@ -187,7 +187,7 @@ class SkipLayers(_Deciding):
 
     unit: Unit = Unit.LAYER
     where: Where = Where.BOTH
-    compute_weight: float = 0.2
+    compute_weight: float = 0.05
     """What the share of the work that is done, of what may be skipped, counts in the loss. More skips more."""
     open_at_start: float = 0.9
     """How likely every gate is to be open before training."""
@@ -219,7 +219,7 @@ class SkipLayers(_Deciding):
 class RefineSkips(_Deciding):
     """A student that skips, with its gates refined by REINFORCE: what they draw is judged by what it costs (SkipNet's second stage)."""
 
-    compute_weight: float = 0.2
+    compute_weight: float = 0.05
     """What the share of the work that is done, of what may be skipped, costs a row, in nats."""
     num_samples: int = 2
     """Draws of a step; each is judged against the others, and runs the student once."""

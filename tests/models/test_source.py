@@ -93,10 +93,19 @@ def package(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return "package:tiny-weights/tiny.gguf"
 
 
-@pytest.mark.parametrize("spec", ["", "package:", "package:name", "package:name/model.bin", "a/b/c", "org/na me", "@main"])
+@pytest.mark.parametrize("spec", ["", "package:", "package:name", "package:name/model.bin", "org/na me", "@main"])
 def test_refuses_what_is_no_source(spec: str) -> None:
     with pytest.raises(ValueError, match="model source"):
         ModelSource(spec)
+
+
+def test_more_than_one_slash_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert ModelSource("runs/mine/student").folder() == tmp_path / "runs" / "mine" / "student"
+    assert ModelSource("org/name@refs/pr/1").revision == "refs/pr/1"
+    with pytest.raises(ValueError, match="no file or folder"):
+        ModelSource("runs/mine/other").folder()
 
 
 def test_a_hub_model_is_its_id_and_revision() -> None:

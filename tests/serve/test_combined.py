@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,6 @@ def test_a_request_gets_the_sub_network_and_the_exits_that_it_asks_for(folder, s
     assert risks == [(0.0, 4), (0.01, 4), (0.1, 4)] + ([(0.0, 2)] if folder.name == "elastic" else [])
 
 
-def test_thresholds_of_other_weights_are_not_used_and_that_is_said(folder, caplog) -> None:
-    with caplog.at_level(logging.WARNING):
-        points = serve(folder, Precision.BFLOAT16).points
-    assert {point.exit_risk for point in points.all} == {0.0}
-    assert "no token will leave early: the thresholds of this checkpoint's exits were calibrated for other weights" in caplog.text
+def test_thresholds_of_other_weights_are_refused(folder) -> None:
+    with pytest.raises(ValueError, match="calibrated for other weights, or for these in another dtype"):
+        serve(folder, Precision.BFLOAT16)

@@ -142,6 +142,8 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     elastic = Elastic(checkpoint=exits.checkpoint, task=exits.task, rationales=exits.rationales, loss=LabelOnly(), settings=SHORT)
     with pytest.raises(ValueError, match="is elastic"):
         store.build(dataclasses.replace(exits, checkpoint=elastic))
+    with pytest.raises(ValueError, match="has exits"):
+        store.build(dataclasses.replace(elastic, checkpoint=exits))
     shallow = compress(tmp_path, Int8()).checkpoint
     with pytest.raises(ValueError, match="has 1 decoder layer"):
         store.build(dataclasses.replace(exits, checkpoint=shallow))
