@@ -2,7 +2,7 @@
 
     llmdistill run quickstart
     python benchmarks/elastic_search.py
-    python benchmarks/elastic_search.py --student 't5:midi?lower_case=true' --epochs 8
+    python benchmarks/elastic_search.py --student 't5:midi?lower_case=true' --epochs 8 --best LAST
 
 On the quickstart's elastic student (or on another one, made elastic as benchmarks/elastic.py does with seed 0) every method asks the same question: what is
 the accuracy of this sub-network on the validation rows (nothing is predicted), and what does it cost in parameters. One evaluation is one accuracy on all rows;
@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,6 +48,7 @@ from llmdistill.losses.multitask import LabelOnly, lessons_of
 from llmdistill.models.student import ScratchT5
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.elastic import Elastic
+from llmdistill.train_settings import Best
 
 METHODS: dict[str, Search] = {
     "random": RandomSearch(),
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("runs/store"), help="where the quickstart's stages are")
     parser.add_argument("--student", type=student_option, default=ScratchT5(lower_case=True), help="a T5, as the quickstart takes it")
     parser.add_argument("--epochs", type=float, default=12, help="of the elastic training")
+    parser.add_argument("--best", choices=["LOSS", "LAST"], default="LOSS", help="which weights are kept of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--kept", type=Path, default=Path("runs/elastic_search.json"), help="where accuracies are kept that were measured")
@@ -71,6 +74,7 @@ def main() -> None:
     store = Store(arguments.store)
     elastic = {stage.name: stage for stage in Graph.above(load(QUICKSTART)(student=arguments.student, elastic_epochs=arguments.epochs)).stages}["elastic"]
     assert isinstance(elastic, Elastic)
+    elastic = replace(elastic, settings=replace(elastic.settings, best=Best[arguments.best]))
     student = Answering.load(store.build(elastic).folder, device="cpu", max_batch_rows=64)
     rows = [row for row in store.artifact(elastic.rationales).rows() if row.split == "validation"]
     space = space_of(student.model)
