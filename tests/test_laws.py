@@ -262,7 +262,9 @@ def test_killed_at_any_moment_and_run_again_it_is_the_same(tmp_path: Path, finis
     cost = costs[name]
     draw = random.Random(name)
     num_kills = 0
-    for number in range(NUM_ROUNDS):
+    for number in range(3 * NUM_ROUNDS):
+        if number >= NUM_ROUNDS and num_kills >= NUM_ROUNDS:  # on a machine that is busy by fits and starts many kills come too late
+            break
         folder = tmp_path / str(number)
         shutil.copytree(reference, folder, symlinks=True)
         shutil.rmtree(folder / "store" / cost["key"])
