@@ -83,7 +83,7 @@ def lines(curves: Sequence[Curve], *, title: str, x_label: str, width: float = 5
     for y in y_ticks:
         body += [
             line(left, y_at(y), width - right, y_at(y), "grid"),
-            text(left - 8, y_at(y) + 4, f"{100 * y:.0f}%" if as_percent else tick_label(y), anchor="end"),
+            text(left - 8, y_at(y) + 4, f"{100 * y:.3g}%" if as_percent else tick_label(y), anchor="end"),
         ]
     for x in x_ticks:
         if x_low <= x <= x_high:
