@@ -241,3 +241,12 @@ def test_prompts_leave_the_encoder_where_its_gate_is_sure(kind: str) -> None:
         assert [(row.tokens, row.encoder_layers) for row in generated] == expected
     full = Engine(model).generate(prompts, Decoding(max_new_tokens=7, exit_threshold=1.0))
     assert {row.encoder_layers for row in full} == {6}
+
+
+def test_beams_go_the_whole_depth() -> None:
+    model = exiting_model("t5 v1.1", 4)
+    prompts = random_prompts(4, 3, 6, model.config.vocab_size)
+    decoding = Decoding(max_new_tokens=6, num_beams=3, exit_threshold=0.0)
+    found = Engine(model).generate(prompts, decoding)
+    model.config.exits = None
+    assert found == Engine(model).generate(prompts, decoding)
