@@ -27,7 +27,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,16 +118,7 @@ class Bench:
     ) -> tuple[float, float]:
         """Median milliseconds of the first, and the first's over the second's; both take the same rows in turn."""
         prompts = [self.prompts[place] for place in places]
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for number in range(-1, repeats):
-            batch = [prompts[(max(number, 0) * size + place) % len(prompts)] for place in range(size)]
-            for which in (0, 1) if number % 2 else (1, 0):
-                start = time.perf_counter()
-                engines[which].generate(batch, decodings[which])
-                if number >= 0:
-                    seconds[which].append(time.perf_counter() - start)
-        first, second = (statistics.median(one) for one in seconds)
-        return 1000 * first, first / second
+        return ratio_of(engines, decodings, lambda number: [prompts[(number * size + place) % len(prompts)] for place in range(size)], repeats)
 
 
 def measured(bench: Bench, confidences: Sequence[Confidence], deltas: Sequence[float], thresholds: Sequence[float], repeats: int) -> dict[str, Any]:
@@ -227,20 +218,25 @@ def heads(repeats: int) -> dict[str, Any]:
         told[name] = {}
         for size in (1, 8):
             full, judged, left = (Decoding(max_new_tokens=32, stop_token_ids=(), exit_threshold=threshold) for threshold in (1.0, 1 - 1e-9, 0.0))
-            ratios = [ratio_of((plain, engine), (full, other), prompts[:size], max(4, repeats // 20 // size))[1] for other in (judged, left)]
+            ratios = [
+                ratio_of((plain, engine), (full, other), lambda _, size=size: prompts[:size], max(4, repeats // 20 // size))[1] for other in (judged, left)
+            ]
             told[name][size] = {"judged": ratios[0], "left": ratios[1]}
         shown = ", ".join(f"{one['judged']:.2f} judged and {one['left']:.2f} left at batch {size}" for size, one in told[name].items())
         print(f"  {name}: full depth over {shown}", flush=True)
     return told
 
 
-def ratio_of(engines: tuple[Engine, Engine], decodings: tuple[Decoding, Decoding], batch: Sequence[Sequence[int]], repeats: int) -> tuple[float, float]:
-    """As Bench.ratio, of one batch."""
+def ratio_of(
+    engines: tuple[Engine, Engine], decodings: tuple[Decoding, Decoding], batch: Callable[[int], Sequence[Sequence[int]]], repeats: int
+) -> tuple[float, float]:
+    """Median milliseconds of the first, and the first's over the second's; both take the same batches, in turn, after one that does not count."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(-1, repeats):
+        prompts = batch(max(number, 0))
         for which in (0, 1) if number % 2 else (1, 0):
             start = time.perf_counter()
-            engines[which].generate(batch, decodings[which])
+            engines[which].generate(prompts, decodings[which])
             if number >= 0:
                 seconds[which].append(time.perf_counter() - start)
     first, second = (statistics.median(one) for one in seconds)

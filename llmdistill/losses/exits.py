@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmdistill.batches import Batch
-from llmdistill.losses.loss import cross_entropy_P, decoded_states, head_NV, target_states_ND
+from llmdistill.losses.loss import cross_entropy_P, decoded_states_ND, head_NV, target_states_ND
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.losses.recover import KL_OF, token_kl_N
 from llmdistill.losses.t5_forward import encode_states
@@ -96,8 +96,7 @@ class ExitLoss:
             skipped = self.skipped(num_layers, batch.step) if model.training else ()
             if settings.encoder_layers:
                 encoded_ELD, encoder_states = encode_states(model, batch.input_EL, batch.mask_EL, settings.encoder_layers)
-                last, states = decoded_states(model, batch, encoded_ELD, settings.layers, skipped)
-                last_ND, states = last.index_select(0, batch.position_N), [state.index_select(0, batch.position_N) for state in states]
+                last_ND, states = decoded_states_ND(model, batch, encoded_ELD, settings.layers, skipped)
             else:
                 last_ND, states = target_states_ND(model, batch, settings.layers, skipped)
             last_NV = head_NV(model, last_ND)
@@ -121,7 +120,7 @@ class ExitLoss:
                 )
         for place, share in enumerate(_shares(settings.encoder_layers, len(stacks(model)[0].layers))[:-1]):  # pyright: ignore[reportArgumentType]
             encoded_ELD = exits.encoded(place, encoder_states[place])
-            logits_NV = head_NV(model, decoded_states(model, batch, encoded_ELD)[0].index_select(0, batch.position_N))
+            logits_NV = head_NV(model, decoded_states_ND(model, batch, encoded_ELD)[0])
             hard_Q = hard_Q + share * cross_entropy_P(logits_NV, batch, num_parts=num_parts, label_smoothing=smoothing)
             kl_N = token_kl_N(logits_NV, last_NV, self.temperature)
             soft_Q = soft_Q + share * (kl_N @ F.one_hot(batch.part_N, num_parts).to(kl_N.dtype))

@@ -33,8 +33,9 @@ def target_states_ND(
     """The last hidden state at each position that predicts a target token, before the head, and the states there after so many decoder layers each.
 
     Layers whose index is in `skipped` are left out."""
-    last, states = _decoder_states(model, batch, after, skipped) if batch.decoded else _causal_states(model, batch, after, skipped)
-    return last.index_select(0, batch.position_N), [state.index_select(0, batch.position_N) for state in states]
+    if batch.decoded:
+        return decoded_states_ND(model, batch, encode(model, batch.input_EL, batch.mask_EL), after, skipped)
+    return _at_targets(batch, *_causal_states(model, batch, after, skipped))
 
 
 def target_logits_NV(model: nn.Module, batch: Batch) -> Float[Tensor, "N V"]:
@@ -85,15 +86,10 @@ def _without_layers(inner: Any, skipped: Sequence[int]) -> Iterator[None]:
         del vars(inner)["layers"]
 
 
-def _decoder_states(model: Any, batch: Batch, after: Sequence[int], skipped: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """The encoder runs once over all rows, the decoder once for each part."""
-    return decoded_states(model, batch, encode(model, batch.input_EL, batch.mask_EL), after, skipped)
-
-
-def decoded_states(
+def decoded_states_ND(
     model: Any, batch: Batch, encoded_ELD: Float[Tensor, "E L D"], after: Sequence[int] = (), skipped: Sequence[int] = ()
-) -> tuple[Tensor, list[Tensor]]:
-    """As `target_states_ND`, at every position of the decoder, for an encoder's output that is given."""
+) -> tuple[Float[Tensor, "N D"], list[Float[Tensor, "N D"]]]:
+    """As `target_states_ND`, for an encoder's output that is given; the decoder runs once for each part."""
     last: list[Tensor] = []
     states: list[list[Tensor]] = [[] for _ in after]
     for decoded in batch.decoded:
@@ -103,4 +99,8 @@ def decoded_states(
         last.append(hidden.flatten(0, 1))
         for of_depth, state in zip(states, of_depths, strict=True):
             of_depth.append(state.flatten(0, 1))
-    return torch.cat(last), [torch.cat(of_depth) for of_depth in states]
+    return _at_targets(batch, torch.cat(last), [torch.cat(of_depth) for of_depth in states])
+
+
+def _at_targets(batch: Batch, last: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    return last.index_select(0, batch.position_N), [state.index_select(0, batch.position_N) for state in states]

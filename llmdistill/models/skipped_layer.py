@@ -101,40 +101,34 @@ class SkippedT5Block(SkippedLayer, T5Block):
         return self.taken(hidden_states, through), *biases
 
 
-class SkippedLlamaLayer(SkippedLayer, LlamaDecoderLayer):
+class _SkippedCausalLayer(SkippedLayer):
+    """What the layers of Llama and Qwen2 have in common: all but the name."""
+
+    @property
+    def first_norm(self) -> Any:
+        return self.input_layernorm
+
+    def skipped_linears(self) -> list[nn.Module]:
+        layer: Any = self
+        return [layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp]
+
+    def forward(self, hidden_states: Tensor, *positions: Any, **settings: Any) -> Any:
+        """The stock layer's arguments."""
+        return self.taken(hidden_states, super().forward(hidden_states, *positions, **settings))
+
+
+class SkippedLlamaLayer(_SkippedCausalLayer, LlamaDecoderLayer):
     """Of a Llama."""
 
     kind: ClassVar[str] = "skipped_llama_layer"
     replaces: ClassVar[type[nn.Module]] = LlamaDecoderLayer
 
-    @property
-    def first_norm(self) -> Any:
-        return self.input_layernorm
 
-    def skipped_linears(self) -> list[nn.Module]:
-        return [self.self_attn.q_proj, self.self_attn.o_proj, self.mlp]
-
-    def forward(self, hidden_states: Tensor, *positions: Any, **settings: Any) -> Any:
-        """The stock layer's arguments."""
-        return self.taken(hidden_states, super().forward(hidden_states, *positions, **settings))
-
-
-class SkippedQwen2Layer(SkippedLayer, Qwen2DecoderLayer):
+class SkippedQwen2Layer(_SkippedCausalLayer, Qwen2DecoderLayer):
     """Of a Qwen2."""
 
     kind: ClassVar[str] = "skipped_qwen2_layer"
     replaces: ClassVar[type[nn.Module]] = Qwen2DecoderLayer
-
-    @property
-    def first_norm(self) -> Any:
-        return self.input_layernorm
-
-    def skipped_linears(self) -> list[nn.Module]:
-        return [self.self_attn.q_proj, self.self_attn.o_proj, self.mlp]
-
-    def forward(self, hidden_states: Tensor, *positions: Any, **settings: Any) -> Any:
-        """The stock layer's arguments."""
-        return self.taken(hidden_states, super().forward(hidden_states, *positions, **settings))
 
 
 SKIPPED_LAYERS: tuple[type[SkippedLayer], ...] = (SkippedT5Block, SkippedLlamaLayer, SkippedQwen2Layer)

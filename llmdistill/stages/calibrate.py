@@ -76,13 +76,12 @@ class CalibrateExits(Stage[Checkpoint]):
         found = self._curve(run, student)
         points = [self._point(found, delta) for delta in self.deltas]
         num_rows = found.losses_Tn.shape[1]
-        model, tokenizer = checkpoint.load(source.folder)
-        keep_settings(model, settings)
+        model = student.model
         calibration = Calibration(weights=digest(model), epsilon=self.epsilon, quality=self.quality.value, num_rows=num_rows, points=tuple(points))
         keep_settings(model, replace(settings, calibration=calibration))
         figures = self._figures(found, points, settings)
         entry = {"technique": "calibrate exits", "settings": describe(self), "measured": figures}
-        checkpoint.save(model, tokenizer, run.folder, lineage=[*source.lineage(), entry], card=_card(self, source, figures))
+        checkpoint.save(model, student.tokenizer, run.folder, lineage=[*source.lineage(), entry], card=_card(self, source, figures))
         (run.folder / CALIBRATION).write_text(json.dumps(_record(self, found, points, student.model), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return figures
 

@@ -14,7 +14,6 @@ While it builds, `training/` holds the student after the first methods, and the 
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from llmdistill.elastic.kept import is_elastic, refusal
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
 from llmdistill.stages.elastic import Elastic
+from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -94,38 +94,25 @@ class Compress(Stage[Checkpoint]):
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.models import checkpoint
-        from llmdistill.train_setup import this_process
 
-        process = this_process()
         rows = run.artifact(self.rationales).rows()
-        folder, finished = run.folder / "training", run.folder / "training.finished"
-        with process.main_process_first():
+        with training_folder(run, lambda initial: self._shrink(run, initial, rows)) as (folder, process):
+            model, tokenizer = checkpoint.load(folder / "initial")
+            record: dict[str, Any] = read_json(folder / "initial" / COMPRESSION)
+            calibration = self._calibration(rows, tokenizer, model)
+            left = [method for method in self.methods if method.quantizes]
+            if self.recover is not None:
+                left = self._recover(run, self.recover, folder, model, tokenizer, calibration, rows, left, record)
+            figures: dict[str, JsonScalar] = {}
             if process.is_main_process:
-                shutil.rmtree(finished, ignore_errors=True)
-                self._shrink(run, folder / "initial", rows)
-        model, tokenizer = checkpoint.load(folder / "initial")
-        record: dict[str, Any] = read_json(folder / "initial" / COMPRESSION)
-        calibration = self._calibration(rows, tokenizer, model)
-        left = [method for method in self.methods if method.quantizes]
-        if self.recover is not None:
-            left = self._recover(run, self.recover, folder, model, tokenizer, calibration, rows, left, record)
-        figures: dict[str, JsonScalar] = {}
-        if process.is_main_process:
-            self._apply(model, left, calibration, record)
-            figures = self._write(run, model, tokenizer, calibration, record)
-            folder.rename(finished)  # a killed removal must not leave half a state
-            shutil.rmtree(finished)
-        process.wait_for_everyone()
+                self._apply(model, left, calibration, record)
+                figures = self._write(run, model, tokenizer, calibration, record)
         return figures
 
     def _shrink(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
-        """Write the student as it is after the methods that come before the recovery, once."""
-        if folder.exists():
-            return
+        """Write the student as it is after the methods that come before the recovery."""
         from llmdistill.models import checkpoint
 
-        writing = folder.with_name("initial.writing")
-        shutil.rmtree(writing, ignore_errors=True)
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
         if is_elastic(model):
@@ -133,9 +120,8 @@ class Compress(Stage[Checkpoint]):
         calibration = self._calibration(rows, tokenizer, model)
         record: dict[str, Any] = {"before": _size(model) | {"held_out_loss_nats": calibration.mean_loss(model)}, "steps": []}
         self._apply(model, [method for method in self.methods if not method.quantizes], calibration, record)
-        checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card="")
-        (writing / COMPRESSION).write_text(json.dumps(record), encoding="utf-8")
-        writing.rename(folder)
+        checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card="")
+        (folder / COMPRESSION).write_text(json.dumps(record), encoding="utf-8")
 
     def _apply(self, model: "PreTrainedModel", methods: Sequence[CompressionMethod], calibration: "Calibration", record: dict[str, Any]) -> None:
         """Each method in turn, what it did, and the held-out loss after it."""

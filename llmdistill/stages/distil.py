@@ -28,6 +28,7 @@ from llmdistill.models.student import ScratchT5, Student
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.distil_card import Learned, model_card, task_section
 from llmdistill.stages.elastic import Elastic
+from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, TrainSettings
 from llmdistill.tuning import Full, LoRA, adapt, merge
@@ -80,28 +81,19 @@ class Distil(Stage[Checkpoint]):
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.train import Lessons, train
-        from llmdistill.train_setup import this_process
 
         lessons, counts = self._lessons(run.artifact(self.rationales).rows())
-        folder, finished = run.folder / "training", run.folder / "training.finished"
-        process = this_process()
-        with process.main_process_first():
+        with training_folder(run, lambda initial: self._prepare(run, initial, lessons["train"])) as (folder, process):
+            model, tokenizer = self._load(folder / "initial")
+            if is_elastic(model):
+                raise ValueError(refusal(self._whose, verb="distil"))
+            examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
+            train_lessons = Lessons(train=examples["train"], validation=examples["validation"], score=self._score(lessons["validation"], tokenizer))
+            trained = train(model, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
+            figures = counts | {"num_train_examples": len(examples["train"]), "num_validation_examples": len(examples["validation"])} | dict(trained.figures)
+            figures["trained_parameters"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             if process.is_main_process:
-                shutil.rmtree(finished, ignore_errors=True)
-                self._prepare(run, folder / "initial", lessons["train"])
-        model, tokenizer = self._load(folder / "initial")
-        if is_elastic(model):
-            raise ValueError(refusal(self._whose, verb="distil"))
-        examples = {split: self.loss.examples(rows, tokenizer, model.config, **self._limits) for split, rows in lessons.items()}
-        train_lessons = Lessons(train=examples["train"], validation=examples["validation"], score=self._score(lessons["validation"], tokenizer))
-        trained = train(model, train_lessons, self.loss, self.settings, folder, seed=self.seed, journal=run)
-        figures = counts | {"num_train_examples": len(examples["train"]), "num_validation_examples": len(examples["validation"])} | dict(trained.figures)
-        figures["trained_parameters"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if process.is_main_process:
-            figures["parameters"] = self._write(run, folder, trained, examples["train"], figures)
-            folder.rename(finished)  # a killed removal must not leave a state without its weights
-            shutil.rmtree(finished)
-        process.wait_for_everyone()
+                figures["parameters"] = self._write(run, folder, trained, examples["train"], figures)
         return figures
 
     @property
@@ -136,20 +128,15 @@ class Distil(Stage[Checkpoint]):
         return lessons, counts
 
     def _prepare(self, run: Run, folder: Path, lessons: Sequence[Lesson]) -> None:
-        """Write the student as it is before its first step, once."""
-        if folder.exists():
-            return
+        """Write the student as it is before its first step."""
         from llmdistill.models import checkpoint
 
-        writing = folder.with_name("initial.writing")
-        shutil.rmtree(writing, ignore_errors=True)
         if isinstance(self.student, Stage):
-            shutil.copytree(run.artifact(self.student).folder, writing)
+            shutil.copytree(run.artifact(self.student).folder, folder)
         else:
             texts = [text for lesson in lessons for text in ("predict: " + lesson.input, lesson.label, "explain: " + lesson.input, lesson.rationale)]
             model, tokenizer = self.student.prepare(texts, self.seed)
-            checkpoint.save(model, tokenizer, writing, lineage=[{"technique": "initialise", "student": describe(self.student), "seed": self.seed}], card="")
-        writing.rename(folder)
+            checkpoint.save(model, tokenizer, folder, lineage=[{"technique": "initialise", "student": describe(self.student), "seed": self.seed}], card="")
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """The student, ready to train, and its tokenizer."""

@@ -12,7 +12,6 @@ While it builds, `training/` holds the sorted student and the state of the train
 import enum
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from llmdistill.elastic.axes import Axes
 from llmdistill.elastic.strategy import Progressive, Sandwich, watched
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
+from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
@@ -88,42 +88,31 @@ class Elastic(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.models.modes import without_dropout
         from llmdistill.train import Lessons, train
-        from llmdistill.train_setup import this_process
 
         rows = run.artifact(self.rationales).rows()
-        folder, finished = run.folder / "training", run.folder / "training.finished"
-        process = this_process()
-        with process.main_process_first():
+        with training_folder(run, lambda initial: self._prepare(run, initial, rows)) as (folder, process):
+            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+            lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
+            space = space_of(model)
+            teacher = checkpoint.load(folder / "initial", dtype=_float32())[0] if self.teacher is Teacher.STUDENT else None
+            loss = self._loss(space, lessons["train"], teacher)
+            with nullcontext() if self.dropout else without_dropout(model):
+                trained = train(
+                    model,
+                    Lessons(train=lessons["train"], validation=lessons["validation"]),
+                    loss,
+                    self.settings,
+                    folder,
+                    seed=self.seed,
+                    journal=run,
+                )
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"]), "num_subnets": _number(space.num_subnets)}
             if process.is_main_process:
-                shutil.rmtree(finished, ignore_errors=True)
-                self._prepare(run, folder / "initial", rows)
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
-        lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
-        space = space_of(model)
-        teacher = checkpoint.load(folder / "initial", dtype=_float32())[0] if self.teacher is Teacher.STUDENT else None
-        loss = self._loss(space, lessons["train"], teacher)
-        with nullcontext() if self.dropout else without_dropout(model):
-            trained = train(
-                model,
-                Lessons(train=lessons["train"], validation=lessons["validation"]),
-                loss,
-                self.settings,
-                folder,
-                seed=self.seed,
-                journal=run,
-            )
-        figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"]), "num_subnets": _number(space.num_subnets)}
-        if process.is_main_process:
-            figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
-            folder.rename(finished)  # a killed removal must not leave a state without its weights
-            shutil.rmtree(finished)
-        process.wait_for_everyone()
+                figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
         return figures
 
     def _prepare(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
-        """Write the sorted student with its space, once."""
-        if folder.exists():
-            return
+        """Write the sorted student with its space."""
         from llmdistill.elastic.importance import importance
         from llmdistill.elastic.kept import keep
         from llmdistill.elastic.layer_order import layer_orders
@@ -132,8 +121,6 @@ class Elastic(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.models.exits import exits_of
 
-        writing = folder.with_name("initial.writing")
-        shutil.rmtree(writing, ignore_errors=True)
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
         if exits_of(model) is not None:
@@ -149,8 +136,7 @@ class Elastic(Stage[Checkpoint]):
             if any(len(stack.depths) > 1 for stack in space.stacks):
                 space = self.axes.space(space.shape, layer_orders(model, examples, self.loss, fewest=fewest))
         keep(model, space)
-        checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card=source.model_card())
-        writing.rename(folder)
+        checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card=source.model_card())
 
     def _examples(self, rows: Sequence[RationaleRow], split: str, tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
         lessons = lessons_of(row for row in rows if row.split == split)

@@ -11,7 +11,6 @@ While it builds, `training/` holds the student with its new exits and the state 
 
 import enum
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.models.exit_settings import Confidence, ExitSettings, Policy
 from llmdistill.stages.distil_card import task_section
+from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
@@ -98,36 +98,25 @@ class TrainExits(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.models.modes import only_trained, without_dropout
         from llmdistill.train import Lessons, train
-        from llmdistill.train_setup import this_process
 
         rows = run.artifact(self.rationales).rows()
-        folder, finished = run.folder / "training", run.folder / "training.finished"
-        process = this_process()
-        with process.main_process_first():
+        with training_folder(run, lambda initial: self._prepare(run, initial, rows)) as (folder, process):
+            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+            lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
+            with ExitStack() as stack:
+                if not self.dropout or self.trains is Trains.EXITS:
+                    stack.enter_context(without_dropout(model))
+                if self.trains is Trains.EXITS:
+                    stack.enter_context(only_trained(model, list(model.exits.parameters())))  # pyright: ignore[reportAttributeAccessIssue]
+                watched = Lessons(train=lessons["train"], validation=lessons["validation"])
+                trained = train(model, watched, self._loss(), self.settings, folder, seed=self.seed, journal=run)
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"])}
             if process.is_main_process:
-                shutil.rmtree(finished, ignore_errors=True)
-                self._prepare(run, folder / "initial", rows)
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
-        lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
-        with ExitStack() as stack:
-            if not self.dropout or self.trains is Trains.EXITS:
-                stack.enter_context(without_dropout(model))
-            if self.trains is Trains.EXITS:
-                stack.enter_context(only_trained(model, list(model.exits.parameters())))  # pyright: ignore[reportAttributeAccessIssue]
-            watched = Lessons(train=lessons["train"], validation=lessons["validation"])
-            trained = train(model, watched, self._loss(), self.settings, folder, seed=self.seed, journal=run)
-        figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"])}
-        if process.is_main_process:
-            figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
-            folder.rename(finished)  # a killed removal must not leave a state without its weights
-            shutil.rmtree(finished)
-        process.wait_for_everyone()
+                figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
         return figures
 
     def _prepare(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
-        """Write the student with its new exits, once."""
-        if folder.exists():
-            return
+        """Write the student with its new exits."""
         import torch
 
         from llmdistill.models import checkpoint
@@ -159,10 +148,7 @@ class TrainExits(Stage[Checkpoint]):
         )
         torch.manual_seed(self.seed)  # adapters and gates begin at random
         add_exits(model, settings, vocabulary)
-        writing = folder.with_name("initial.writing")
-        shutil.rmtree(writing, ignore_errors=True)
-        checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card=source.model_card())
-        writing.rename(folder)
+        checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card=source.model_card())
 
     def _vocabulary(self, examples: "Sequence[Example]", model: Any) -> list[int]:
         """Every token of the answers, ascending, and those that end one."""

@@ -16,7 +16,6 @@ While it builds, `training/` holds the student with its gates before training, a
 import enum
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
-from llmdistill.losses.multitask import LabelOnly, Lesson, Multitask, RationaleOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
 from llmdistill.stages.distil_card import task_section
+from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
@@ -103,40 +103,27 @@ class _Deciding(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.models.modes import without_dropout
         from llmdistill.train import Lessons, train
-        from llmdistill.train_setup import this_process
 
         rows = run.artifact(self.rationales).rows()
-        folder, finished = run.folder / "training", run.folder / "training.finished"
-        process = this_process()
-        with process.main_process_first():
+        with training_folder(run, lambda initial: self._write_initial(run, initial, rows)) as (folder, process):
+            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+            self._train_only(model)
+            examples = self._examples(rows, tokenizer, model)
+            teacher, _ = checkpoint.load(run.artifact(self.teacher or self.checkpoint).folder, dtype=_float32())
+            lessons = Lessons(train=examples["train"], validation=examples["validation"])
+            with nullcontext() if self.dropout else without_dropout(model):
+                trained = train(model, lessons, self._loss(model, teacher), self.settings, folder, seed=self.seed, journal=run)
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(examples["train"])}
             if process.is_main_process:
-                shutil.rmtree(finished, ignore_errors=True)
-                self._write_initial(run, folder / "initial", rows)
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
-        self._train_only(model)
-        examples = self._examples(rows, tokenizer, model)
-        teacher, _ = checkpoint.load(run.artifact(self.teacher or self.checkpoint).folder, dtype=_float32())
-        lessons = Lessons(train=examples["train"], validation=examples["validation"])
-        with nullcontext() if self.dropout else without_dropout(model):
-            trained = train(model, lessons, self._loss(model, teacher), self.settings, folder, seed=self.seed, journal=run)
-        figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(examples["train"])}
-        if process.is_main_process:
-            figures |= self._write(run, folder, trained.weights, examples, figures)
-            folder.rename(finished)  # a killed removal must not leave a state without its weights
-            shutil.rmtree(finished)
-        process.wait_for_everyone()
+                figures |= self._write(run, folder, trained.weights, examples, figures)
         return figures
 
     def _write_initial(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
-        """Write the student with its gates, once."""
-        if folder.exists():
-            return
+        """Write the student with its gates."""
         from llmdistill.elastic.kept import is_elastic
         from llmdistill.models import checkpoint
         from llmdistill.models.deciding import deciding
 
-        writing = folder.with_name("initial.writing")
-        shutil.rmtree(writing, ignore_errors=True)
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
         if is_elastic(model):
@@ -149,13 +136,12 @@ class _Deciding(Stage[Checkpoint]):
         if gates and not isinstance(self, RefineSkips):
             raise ValueError(f"the student of {self.checkpoint.name!r} decides already, at {gates[0]} first; begin with one that does not, or refine its gates")
         self._prepare(model, self._examples(rows, tokenizer, model))
-        checkpoint.save(model, tokenizer, writing, lineage=source.lineage(), card=source.model_card())
-        writing.rename(folder)
+        checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card=source.model_card())
 
     def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: Any) -> "dict[str, list[Example]]":
         examples = {}
         for split in ("train", "validation"):
-            lessons = [Lesson(input=row.input, label=row.label, rationale=row.rationale) for row in rows if row.split == split]
+            lessons = lessons_of(row for row in rows if row.split == split)
             limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
             examples[split] = self.loss.examples(lessons, tokenizer, model.config, **limits)
             if not examples[split]:
