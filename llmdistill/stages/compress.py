@@ -29,16 +29,16 @@ from llmdistill.core.run import Run
 from llmdistill.core.spec import write
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.elastic.kept import is_elastic, refusal
-from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.stages.distil_card import task_section
 from llmdistill.stages.elastic import Elastic
+from llmdistill.stages.learned_rows import examples_of, lessons_to_train
 from llmdistill.stages.training_folder import training_folder
 from llmdistill.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmdistill.batches import Example
     from llmdistill.compress.calibration import Calibration
 
 log = logging.getLogger(__name__)
@@ -147,17 +147,15 @@ class Compress(Stage[Checkpoint]):
         from llmdistill.compress.recover_run import QuantizationAware, recover
         from llmdistill.losses.recover import RecoveryLoss
         from llmdistill.models import checkpoint
-        from llmdistill.train import Lessons
 
         start = time.monotonic()
         teacher, _ = checkpoint.load(run.artifact(self.checkpoint).folder)
         weights = {"hard_weight": recovery.hard_weight, "kl_weight": recovery.kl_weight, "temperature": recovery.temperature}
-        by_split = {split: self._examples([row for row in rows if row.split == split], tokenizer, model) for split in ("train", "validation")}
         aware = QuantizationAware(method=quantizing[0], calibration=calibration) if quantizing and recovery.quantization_aware else None
         recovered = recover(
             model,
             RecoveryLoss(teacher, self.loss, **weights),
-            Lessons(train=by_split["train"], validation=by_split["validation"]),
+            lessons_to_train(self, rows, tokenizer, model, needs_validation=False),
             recovery,
             folder,
             seed=self.seed,
@@ -175,14 +173,10 @@ class Compress(Stage[Checkpoint]):
         examples = {}
         limits = {"train": (self.num_calibration_rows, self.max_calibration_tokens), "validation": (self.num_held_out_rows, self.max_held_out_tokens)}
         for split, (num_rows, num_tokens) in limits.items():
-            examples[split] = within(self._examples(_drawn([row for row in rows if row.split == split], num_rows), tokenizer, model), num_tokens)
+            examples[split] = within(examples_of(self, _drawn([row for row in rows if row.split == split], num_rows), tokenizer, model), num_tokens)
         if not examples["train"]:
             raise ValueError(f"none of the {len(rows)} rationales has split 'train', so there is nothing to calibrate on; annotate some train rows")
         return Calibration(examples=examples["train"], held_out=examples["validation"], loss=self.loss)
-
-    def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
-        limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-        return self.loss.examples(lessons_of(rows), tokenizer, model.config, **limits)
 
     def _write(self, run: Run, model: "PreTrainedModel", tokenizer: Any, calibration: "Calibration", record: dict[str, Any]) -> dict[str, JsonScalar]:
         """Write the checkpoint; returns its figures."""

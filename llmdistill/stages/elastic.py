@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
@@ -25,9 +25,10 @@ from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
 from llmdistill.elastic.axes import Axes
 from llmdistill.elastic.strategy import Progressive, Sandwich, watched
-from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.stages.distil_card import task_section
-from llmdistill.stages.training_folder import training_folder
+from llmdistill.stages.learned_rows import lessons_to_train, split_examples
+from llmdistill.stages.training_folder import load_to_train, training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
@@ -85,30 +86,21 @@ class Elastic(Stage[Checkpoint]):
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.elastic.kept import space_of
-        from llmdistill.models import checkpoint
         from llmdistill.models.modes import without_dropout
-        from llmdistill.train import Lessons, train
+        from llmdistill.train import train
 
         rows = run.artifact(self.rationales).rows()
         with training_folder(run, lambda initial: self._prepare(run, initial, rows)) as (folder, process):
-            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
-            lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
+            model, tokenizer = load_to_train(folder / "initial")
+            lessons = lessons_to_train(self, rows, tokenizer, model, needs_validation=self.settings.best is not Best.LAST)
             space = space_of(model)
-            teacher = checkpoint.load(folder / "initial", dtype=_float32())[0] if self.teacher is Teacher.STUDENT else None
-            loss = self._loss(space, lessons["train"], teacher)
+            teacher = load_to_train(folder / "initial")[0] if self.teacher is Teacher.STUDENT else None
+            loss = self._loss(space, lessons.train, teacher)
             with nullcontext() if self.dropout else without_dropout(model):
-                trained = train(
-                    model,
-                    Lessons(train=lessons["train"], validation=lessons["validation"]),
-                    loss,
-                    self.settings,
-                    folder,
-                    seed=self.seed,
-                    journal=run,
-                )
-            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"]), "num_subnets": _number(space.num_subnets)}
+                trained = train(model, lessons, loss, self.settings, folder, seed=self.seed, journal=run)
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons.train), "num_subnets": _number(space.num_subnets)}
             if process.is_main_process:
-                figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
+                figures |= self._write(run, folder, trained.weights, lessons.train, figures)
         return figures
 
     def _prepare(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
@@ -130,21 +122,13 @@ class Elastic(Stage[Checkpoint]):
             )
         space = self.axes.space(shape_of(model))  # refuses what cannot be before anything is measured
         if self.num_importance_rows:
-            examples = self._examples(rows, "train", tokenizer, model)[: self.num_importance_rows]
+            examples = split_examples(self, rows, "train", tokenizer, model)[: self.num_importance_rows]
             sort(model, order_by(importance(model, examples, self.loss), channels=len(space.widths) > 1))
             fewest = min(stack.depths[0] for stack in space.stacks)
             if any(len(stack.depths) > 1 for stack in space.stacks):
                 space = self.axes.space(space.shape, layer_orders(model, examples, self.loss, fewest=fewest))
         keep(model, space)
         checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card=source.model_card())
-
-    def _examples(self, rows: Sequence[RationaleRow], split: str, tokenizer: Any, model: "PreTrainedModel") -> "list[Example]":
-        lessons = lessons_of(row for row in rows if row.split == split)
-        limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-        examples = self.loss.examples(lessons, tokenizer, model.config, **limits)
-        if not examples and (split == "train" or self.settings.best is not Best.LAST):
-            raise ValueError(f"none of the {len(rows)} rationales has split {split!r}, so there is nothing to learn from or to choose by; annotate some")
-        return examples
 
     def _loss(self, space: "Space", examples: "Sequence[Example]", teacher: "PreTrainedModel | None") -> "InPlaceLoss":
         from llmdistill.batches import Plan
@@ -172,7 +156,7 @@ class Elastic(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.train_state import read_weights
 
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+        model, tokenizer = load_to_train(folder / "initial")
         read_weights(model, weights)
         if getattr(model.config, "llmdistill", None) is None:
             model.config.llmdistill = task_section(self.task, self.loss, model.config, examples)
@@ -186,12 +170,6 @@ class Elastic(Stage[Checkpoint]):
 def _number(num_subnets: int) -> int | str:
     """JSON numbers are exact to 2^53."""
     return num_subnets if num_subnets < 2**53 else f"{num_subnets:.3e}"
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _card(stage: Elastic, source: Checkpoint, space: "Space", figures: Mapping[str, JsonScalar]) -> str:

@@ -22,10 +22,11 @@ from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
-from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.exit_settings import Confidence, ExitSettings, Policy
 from llmdistill.stages.distil_card import task_section
-from llmdistill.stages.training_folder import training_folder
+from llmdistill.stages.learned_rows import lessons_to_train, split_examples
+from llmdistill.stages.training_folder import load_to_train, training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
@@ -95,24 +96,22 @@ class TrainExits(Stage[Checkpoint]):
             raise ValueError(f"TrainExits.layer_dropout is {self.layer_dropout}, and the layers are not trained: set trains=WHOLE, or layer_dropout=0")
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
-        from llmdistill.models import checkpoint
         from llmdistill.models.modes import only_trained, without_dropout
-        from llmdistill.train import Lessons, train
+        from llmdistill.train import train
 
         rows = run.artifact(self.rationales).rows()
         with training_folder(run, lambda initial: self._prepare(run, initial, rows)) as (folder, process):
-            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
-            lessons = {split: self._examples(rows, split, tokenizer, model) for split in ("train", "validation")}
+            model, tokenizer = load_to_train(folder / "initial")
+            lessons = lessons_to_train(self, rows, tokenizer, model, needs_validation=self.settings.best is not Best.LAST)
             with ExitStack() as stack:
                 if not self.dropout or self.trains is Trains.EXITS:
                     stack.enter_context(without_dropout(model))
                 if self.trains is Trains.EXITS:
                     stack.enter_context(only_trained(model, list(model.exits.parameters())))  # pyright: ignore[reportAttributeAccessIssue]
-                watched = Lessons(train=lessons["train"], validation=lessons["validation"])
-                trained = train(model, watched, self._loss(), self.settings, folder, seed=self.seed, journal=run)
-            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons["train"])}
+                trained = train(model, lessons, self._loss(), self.settings, folder, seed=self.seed, journal=run)
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons.train)}
             if process.is_main_process:
-                figures |= self._write(run, folder, trained.weights, lessons["train"], figures)
+                figures |= self._write(run, folder, trained.weights, lessons.train, figures)
         return figures
 
     def _prepare(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
@@ -136,7 +135,7 @@ class TrainExits(Stage[Checkpoint]):
                 f"the student of {self.checkpoint.name!r} has {num_layers} decoder layer, and an exit needs one below it and one above: take a deeper one"
             )
         layers = self.layers or evenly(self.num_exits, num_layers)
-        vocabulary = self._vocabulary(self._examples(rows, "train", tokenizer, model), model) if self.vocabulary is Vocabulary.OF_ROWS else []
+        vocabulary = self._vocabulary(split_examples(self, rows, "train", tokenizer, model), model) if self.vocabulary is Vocabulary.OF_ROWS else []
         settings = ExitSettings(
             layers=layers,
             encoder_layers=self.encoder_layers,
@@ -156,14 +155,6 @@ class TrainExits(Stage[Checkpoint]):
         stops = getattr(model.generation_config, "eos_token_id", None)
         return sorted(counts.keys() | set([] if stops is None else [stops] if isinstance(stops, int) else stops))
 
-    def _examples(self, rows: Sequence[RationaleRow], split: str, tokenizer: Any, model: Any) -> "list[Example]":
-        lessons = lessons_of(row for row in rows if row.split == split)
-        limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-        examples = self.loss.examples(lessons, tokenizer, model.config, **limits)
-        if not examples and (split == "train" or self.settings.best is not Best.LAST):
-            raise ValueError(f"none of the {len(rows)} rationales has split {split!r}, so there is nothing to learn from or to choose by; annotate some")
-        return examples
-
     def _loss(self) -> "ExitLoss":
         from llmdistill.losses.exits import ExitLoss
 
@@ -182,7 +173,7 @@ class TrainExits(Stage[Checkpoint]):
         from llmdistill.models import checkpoint
         from llmdistill.train_state import read_weights
 
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+        model, tokenizer = load_to_train(folder / "initial")
         read_weights(model, weights)
         if getattr(model.config, "llmdistill", None) is None:
             model.config.llmdistill = task_section(self.task, self.loss, model.config, examples)
@@ -202,12 +193,6 @@ class TrainExits(Stage[Checkpoint]):
 def evenly(num_exits: int, num_layers: int) -> tuple[int, ...]:
     """After which layers, at most so many exits lie."""
     return tuple(sorted({round(num_layers * number / (num_exits + 1)) for number in range(1, num_exits + 1)} - {0, num_layers}))
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _card(stage: TrainExits, source: Checkpoint, figures: Mapping[str, JsonScalar]) -> str:

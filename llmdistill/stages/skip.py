@@ -26,15 +26,15 @@ from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
-from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly, lessons_of
+from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.stages.distil_card import task_section
-from llmdistill.stages.training_folder import training_folder
+from llmdistill.stages.learned_rows import lessons_to_train
+from llmdistill.stages.training_folder import load_to_train, training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, Epochs, TrainSettings
 
 if TYPE_CHECKING:
-    from llmdistill.batches import Example
-    from llmdistill.train import Loss
+    from llmdistill.train import Lessons, Loss
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class _Deciding(Stage[Checkpoint]):
         if self.settings.best is Best.ACCURACY:
             raise ValueError(f"{type(self).__name__}.settings.best is ACCURACY, which takes no notice of what is skipped; use LOSS, LABEL_LOSS or LAST")
 
-    def _prepare(self, model: Any, examples: "dict[str, list[Example]]") -> None:
+    def _prepare(self, model: Any, lessons: "Lessons") -> None:
         """Put the gates in."""
         raise NotImplementedError
 
@@ -100,22 +100,20 @@ class _Deciding(Stage[Checkpoint]):
         """Say which weights are trained, where it is not all."""
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
-        from llmdistill.models import checkpoint
         from llmdistill.models.modes import without_dropout
-        from llmdistill.train import Lessons, train
+        from llmdistill.train import train
 
         rows = run.artifact(self.rationales).rows()
         with training_folder(run, lambda initial: self._write_initial(run, initial, rows)) as (folder, process):
-            model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+            model, tokenizer = load_to_train(folder / "initial")
             self._train_only(model)
-            examples = self._examples(rows, tokenizer, model)
-            teacher, _ = checkpoint.load(run.artifact(self.teacher or self.checkpoint).folder, dtype=_float32())
-            lessons = Lessons(train=examples["train"], validation=examples["validation"])
+            lessons = lessons_to_train(self, rows, tokenizer, model, needs_validation=True)
+            teacher, _ = load_to_train(run.artifact(self.teacher or self.checkpoint).folder)
             with nullcontext() if self.dropout else without_dropout(model):
                 trained = train(model, lessons, self._loss(model, teacher), self.settings, folder, seed=self.seed, journal=run)
-            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(examples["train"])}
+            figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons.train)}
             if process.is_main_process:
-                figures |= self._write(run, folder, trained.weights, examples, figures)
+                figures |= self._write(run, folder, trained.weights, lessons, figures)
         return figures
 
     def _write_initial(self, run: Run, folder: Path, rows: Sequence[RationaleRow]) -> None:
@@ -135,30 +133,20 @@ class _Deciding(Stage[Checkpoint]):
         gates = list(deciding(model))
         if gates and not isinstance(self, RefineSkips):
             raise ValueError(f"the student of {self.checkpoint.name!r} decides already, at {gates[0]} first; begin with one that does not, or refine its gates")
-        self._prepare(model, self._examples(rows, tokenizer, model))
+        self._prepare(model, lessons_to_train(self, rows, tokenizer, model, needs_validation=True))
         checkpoint.save(model, tokenizer, folder, lineage=source.lineage(), card=source.model_card())
 
-    def _examples(self, rows: Sequence[RationaleRow], tokenizer: Any, model: Any) -> "dict[str, list[Example]]":
-        examples = {}
-        for split in ("train", "validation"):
-            lessons = lessons_of(row for row in rows if row.split == split)
-            limits = {"max_input_tokens": self.max_input_tokens, "max_target_tokens": self.max_target_tokens}
-            examples[split] = self.loss.examples(lessons, tokenizer, model.config, **limits)
-            if not examples[split]:
-                raise ValueError(f"none of the {len(rows)} rationales has split {split!r}, so there is nothing to learn from or to measure on; annotate some")
-        return examples
-
-    def _write(self, run: Run, folder: Path, weights: Path, examples: "dict[str, list[Example]]", figures: Mapping[str, JsonScalar]) -> dict[str, JsonScalar]:
+    def _write(self, run: Run, folder: Path, weights: Path, lessons: "Lessons", figures: Mapping[str, JsonScalar]) -> dict[str, JsonScalar]:
         """Write the checkpoint; returns its size and the share of the work that it does."""
         from llmdistill.losses.work import shares_of_work
         from llmdistill.models import checkpoint
         from llmdistill.train_state import read_weights
 
-        model, tokenizer = checkpoint.load(folder / "initial", dtype=_float32())
+        model, tokenizer = load_to_train(folder / "initial")
         read_weights(model.requires_grad_(False), weights)
         if getattr(model.config, "llmdistill", None) is None:
-            model.config.llmdistill = task_section(self.task, self.loss, model.config, examples["train"])
-        shares = {name: round(share, 4) for name, share in shares_of_work(model, examples["validation"], self.settings).items()}
+            model.config.llmdistill = task_section(self.task, self.loss, model.config, lessons.train)
+        shares = {name: round(share, 4) for name, share in shares_of_work(model, lessons.validation, self.settings).items()}
         measured: dict[str, JsonScalar] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), **shares}
         source = Checkpoint(folder / "initial")
         entry = {"technique": _technique(self), "settings": describe(self), "measured": dict(figures) | measured}
@@ -184,7 +172,7 @@ class SkipLayers(_Deciding):
         if not 0.5 < self.open_at_start < 1:
             raise ValueError(f"SkipLayers.open_at_start is {self.open_at_start}; give more than 0.5, so that the student begins as it is, and less than 1")
 
-    def _prepare(self, model: Any, examples: "dict[str, list[Example]]") -> None:
+    def _prepare(self, model: Any, lessons: "Lessons") -> None:
         import torch
 
         from llmdistill.models.feed_forward import replace_feed_forwards
@@ -219,7 +207,7 @@ class RefineSkips(_Deciding):
         if self.num_samples < 2:
             raise ValueError(f"RefineSkips.num_samples is {self.num_samples}; give 2 or more, each of which is measured against the others")
 
-    def _prepare(self, model: Any, examples: "dict[str, list[Example]]") -> None:
+    def _prepare(self, model: Any, lessons: "Lessons") -> None:
         from llmdistill.losses.gates import gate_costs
 
         gate_costs(model)  # refuses a student without gates
@@ -257,11 +245,11 @@ class GateChannels(_Deciding):
         if self.num_calibration_rows < 1:
             raise ValueError(f"GateChannels.num_calibration_rows is {self.num_calibration_rows}; give 1 or more")
 
-    def _prepare(self, model: Any, examples: "dict[str, list[Example]]") -> None:
+    def _prepare(self, model: Any, lessons: "Lessons") -> None:
         from llmdistill.compress.calibration import Calibration
         from llmdistill.compress.channel_gating import gate_channels
 
-        calibration = Calibration(examples=examples["train"][: self.num_calibration_rows], loss=self.loss)
+        calibration = Calibration(examples=lessons.train[: self.num_calibration_rows], loss=self.loss)
         gate_channels(model, calibration, self.where.value, groups=self.groups, kept=self.kept)
 
     def _loss(self, model: Any, teacher: Any) -> "Loss":
@@ -293,12 +281,6 @@ def _check_weight(stage: _Deciding, compute_weight: float) -> None:
 
 def _technique(stage: _Deciding) -> str:
     return {SkipLayers: "skip", RefineSkips: "refine skips", GateChannels: "gate channels"}[type(stage)]
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 def _card(stage: _Deciding, source: Checkpoint, figures: Mapping[str, JsonScalar]) -> str:

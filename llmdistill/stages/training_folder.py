@@ -35,3 +35,12 @@ def training_folder(run: Run, write_initial: Callable[[Path], object]) -> Iterat
         folder.rename(finished)
         shutil.rmtree(finished)
     process.wait_for_everyone()
+
+
+def load_to_train(folder: Path) -> tuple[Any, Any]:
+    """A checkpoint's model in float32, as students are trained, and its tokenizer."""
+    import torch
+
+    from llmdistill.models import checkpoint
+
+    return checkpoint.load(folder, dtype=torch.float32)
