@@ -7,11 +7,18 @@ The student is trained so that the first neurons, heads and layers of it are stu
 latency on this machine, and from what they say of the others the best within the limits is found. It is extracted as an ordinary checkpoint, evaluated on
 the test rows beside the whole student and the smallest, and can be compressed and served as any. Any other one is had with `llmdistill extract`.
 
+    llmdistill run elastic --checkpoint runs/quickstart/latest/label_only --num-exits 1 --deltas 0.02
+    llmdistill serve runs/elastic/latest/calibrated --front runs/elastic/latest/search --target-p95-ms 50
+
+With exits, tokens may leave the decoder early too: the whole and every sub-network of the front get thresholds of their own, so that the server chooses among
+sub-networks times risks.
+
 Labels and reasons to train on are the student's own answers (`own`), known ones with their rationales (`given`) or a file of a teacher's
 (`file:rationales.jsonl`).
 """
 
 from pathlib import Path
+from typing import Any
 
 from llmdistill.core.artifacts import Checkpoint, Report
 from llmdistill.core.pipeline import main
@@ -23,8 +30,10 @@ from llmdistill.elastic.question import Limit
 from llmdistill.elastic.strategy import Progressive, Sandwich
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.student import Pretrained
+from llmdistill.stages.calibrate import CalibrateExits
 from llmdistill.stages.elastic import Elastic
 from llmdistill.stages.evaluate import Evaluate
+from llmdistill.stages.exits import TrainExits
 from llmdistill.stages.extract import Extract
 from llmdistill.stages.report import ReportStage
 from llmdistill.stages.rows_to_learn import Own, RowsToLearn, rows_to_learn
@@ -51,6 +60,8 @@ def pipeline(
     budget: float = 1000,
     max_input_tokens: int = 512,
     max_target_tokens: int = 128,
+    num_exits: int = 0,
+    deltas: tuple[float, ...] = (0.02, 0.05),
     seed: int = 0,
 ) -> Stage[Report]:
     """A checkpoint and the rows of a task; an elastic checkpoint, the best sub-network within the limits, and a report.
@@ -72,11 +83,14 @@ def pipeline(
         budget: Predicted accuracies that each method may ask for.
         max_input_tokens: Longer inputs are cut.
         max_target_tokens: Longer labels and rationales are cut.
+        num_exits: Early exits between the decoder's layers, for the whole and its sub-networks.
+        deltas: The loss of quality that may be expected of them, each with thresholds of its own.
         seed: Of training, samples and searches.
     """
     rows = task.task()
     student = Take(name="student", source=Pretrained(source=checkpoint))
     answers = rows_to_learn(rationales, rows, student)
+    lengths: Any = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
     elastic = Elastic(
         checkpoint=student,
         task=rows,
@@ -85,9 +99,8 @@ def pipeline(
         strategy=strategy,
         loss=loss,
         settings=TrainSettings(duration=duration, learning_rate=learning_rate, batch_size=batch_size, evaluate_every_steps=50),
-        max_input_tokens=max_input_tokens,
-        max_target_tokens=max_target_tokens,
         seed=seed,
+        **lengths,
     )
     search = SearchSubnets(
         name="search",
@@ -105,6 +118,10 @@ def pipeline(
     )
     chosen, smallest = Extract(name="chosen", checkpoint=elastic, subnet=search), Extract(name="smallest", checkpoint=elastic)
     students: tuple[Stage[Checkpoint], ...] = (student, elastic, chosen, smallest)
+    if num_exits:
+        exits = TrainExits(name="exits", checkpoint=elastic, task=rows, rationales=answers, loss=loss, num_exits=num_exits, seed=seed, **lengths)
+        calibrated = CalibrateExits(name="calibrated", checkpoint=exits, task=rows, deltas=deltas, subnets=search, seed=seed)
+        students = (*students, calibrated, Extract(name="chosen_early", checkpoint=calibrated, subnet=search))
     evaluations = tuple(Evaluate(name=f"evaluate_{one.name}", checkpoint=one, task=rows, rationales=answers) for one in students)
     return ReportStage(title=f"Sub-networks of {Path(checkpoint).name}", evaluations=evaluations, rationales=answers, searches=(search,))
 

@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmdistill.elastic.exit_cuts import exits_within
 from llmdistill.elastic.shape import StackShape
 from llmdistill.elastic.space import Space, Subnet
 from llmdistill.models.anatomy import Layer, Stack, embeddings, stacks
+from llmdistill.models.exit_settings import KEY as EXITS
+from llmdistill.models.exits import exits_of, keep_places
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.resized import set_heads
 
@@ -75,6 +78,7 @@ def plan(model: Any, space: Space, subnet: Subnet) -> Plan:
         _norm(made, stack.norm, width)
         if stack.has_bias_table:
             _cut_table(made, stack.bias_table, choice.heads[0])
+    _exits(made, model, space, subnet)
     return made
 
 
@@ -104,6 +108,34 @@ def _layer(made: Plan, layer: Layer, shape: StackShape, sizes: dict[str, int], r
             _change(made, attention, name, value)
     for norm in layer.norms:
         _norm(made, norm, sizes["width"])
+
+
+def _exits(made: Plan, model: Any, space: Space, subnet: Subnet) -> None:
+    """Those that the sub-network has; `exits` of its config is None where it has none."""
+    found = exits_of(model)
+    if found is None or subnet == space.largest():
+        return
+    settings, exits = found
+    within = exits_within(settings, space, subnet)
+    _change(made, model.config, EXITS, None if within is None else within[0].to_json())
+    if within is None:
+        return
+    for name, modules in keep_places(exits, *within[1:]).items():
+        made.changes.append(Change(exits, name, modules))
+    for place in within[1]:
+        _exit(made, exits.norms[place], exits.adapters, exits.gates, place, subnet.width)
+    for place in within[2]:
+        _exit(made, exits.encoder_norms[place], exits.encoder_adapters, exits.encoder_gates, place, subnet.width)
+
+
+def _exit(made: Plan, norm: Any, adapters: Any, gates: Any, place: int, width: int) -> None:
+    """One exit's modules; of adapters and gates there may be none."""
+    _norm(made, norm, width)
+    if adapters:
+        _linear(made, adapters[place].down, width, adapters[place].down.out_features, 0)
+        _linear(made, adapters[place].up, adapters[place].up.in_features, width, 0)
+    if gates:
+        _linear(made, gates[place], width, 1, 0)
 
 
 def _linear(made: Plan, module: Any, inputs: int, outputs: int, rank: int) -> None:

@@ -2,7 +2,8 @@
 
 Where all layers are alike, in both stacks of a T5, the result is the stock class with a stock config and a folder that stock transformers loads (and
 CTranslate2 and others that read such folders). Otherwise the config says the sizes by layer and llmdistill's class reads them (models/resized.py). A low-rank
-linear is in the structure, as ever. Early exits (models/exits.py) stay behind: they read the states of the whole, so a sub-network is given its own.
+linear is in the structure, as ever. Early exits (models/exits.py) come along where they lie between layers that stay, with the thresholds that were calibrated
+for this sub-network, if it was (stages/calibrate.py).
 
 transformers' Llama wants a model width that is a multiple of its heads, though the width of a head is a number of its own: 6 of SmolLM2's 9 heads make a
 stock Llama of width 576, while 5 of 15 heads at width 512 do not. Such a one becomes a model of llmdistill's class too.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from llmdistill.elastic.space import Space, Subnet, is_even
 from llmdistill.elastic.subnet import whole
 from llmdistill.models import checkpoint
 from llmdistill.models.exit_settings import KEY as EXITS
-from llmdistill.models.exits import exits_of
+from llmdistill.models.exit_settings import ExitSettings, read_exits
+from llmdistill.models.exits import keep_settings
 
 
 def extract(folder: Path, subnet: str, out: Path) -> Subnet:
@@ -58,12 +61,23 @@ def extracted(model: Any, subnet: Subnet) -> Any:
         setattr(change.owner, change.name, change.value)
     for stack, layers in made.kept:
         setattr(stack.holder, stack.attribute, nn.ModuleList(layers))
-    if exits_of(small) is not None:
-        del small.exits
-        delattr(small.config, EXITS)
     _own_weights(small, made)
     _configure(small, space, subnet)
+    _keep_exits(small, read_exits(model.config), None if subnet == space.largest() else write(subnet, space))
     return small
+
+
+def _keep_exits(small: Any, before: ExitSettings | None, subnet: str | None) -> None:
+    """What the config says of the exits that stay, and no trace where none does. None for the sub-network that is the whole."""
+    if before is None:
+        return
+    settings = read_exits(small.config)
+    if settings is None:
+        del small.exits
+        delattr(small.config, EXITS)
+    else:
+        calibration = before.calibration if subnet is None else before.subnet_calibrations.get(subnet)
+        keep_settings(small, replace(settings, calibration=calibration, subnet_calibrations={}))
 
 
 def is_stock(space: Space, subnet: Subnet) -> bool:

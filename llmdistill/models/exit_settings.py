@@ -7,6 +7,9 @@
 A token leaves the decoder at an exit where the confidence there is above the threshold. A prompt leaves the encoder of a T5 in the same way, where there are
 exits in it, by their gates alone: a head has nothing to say there. Thresholds are in [0, 1], and 1 never leaves. They are calibrated for the weights
 as they are (exits/calibrate.py), so they come with the digest of these, and whoever reads them for other weights is told so.
+
+The exits of an elastic student are its sub-networks' too (elastic/exit_cuts.py). Those that were calibrated are in "subnet_calibrations", each under its name
+(elastic/choice.py), with the digest of its extraction.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KEY = "exits"
@@ -70,6 +73,16 @@ class Calibration:
         settings = read_exits(config)
         return settings.calibration if settings else None
 
+    def to_json(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return asdict(self) | {"points": [asdict(point) for point in self.points]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Calibration:
+        """Back from config.json."""
+        points = tuple(Point(**point) for point in value["points"])
+        return cls(**{name: one for name, one in value.items() if name != "points"}, points=points)
+
     def threshold(self, risk: float) -> float:
         """That of the largest delta which is at most the risk; NEVER where none is that small."""
         return max((point for point in self.points if point.delta <= risk), key=lambda point: point.delta, default=Point(**_FULL)).threshold
@@ -96,6 +109,7 @@ class ExitSettings:
     """tau of the decaying threshold (Schuster et al. 2022, "Confident Adaptive Language Modeling", equation 5); 0 keeps it as it is."""
     policy: Policy = Policy.DEFERRED
     calibration: Calibration | None = None
+    subnet_calibrations: Mapping[str, Calibration] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for layers in (self.layers, self.encoder_layers):
@@ -111,10 +125,11 @@ class ExitSettings:
     def to_json(self) -> dict[str, Any]:
         """As config.json has it."""
         layers = {"layers": list(self.layers), "encoder_layers": list(self.encoder_layers)}
-        return asdict(self) | layers | {"confidence": self.confidence.value, "policy": self.policy.value, "calibration": self._calibrated()}
-
-    def _calibrated(self) -> dict[str, Any] | None:
-        return None if self.calibration is None else asdict(self.calibration) | {"points": [asdict(point) for point in self.calibration.points]}
+        calibration = None if self.calibration is None else self.calibration.to_json()
+        data = asdict(self) | layers | {"confidence": self.confidence.value, "policy": self.policy.value, "calibration": calibration}
+        del data["subnet_calibrations"]
+        of_subnets = {subnet: one.to_json() for subnet, one in self.subnet_calibrations.items()}
+        return data | ({"subnet_calibrations": of_subnets} if of_subnets else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ExitSettings:
@@ -122,11 +137,11 @@ class ExitSettings:
         try:
             fields = dict(value)
             calibration = fields.pop("calibration")
-            if calibration is not None:
-                calibration = Calibration(**calibration | {"points": tuple(Point(**point) for point in calibration["points"])})
+            fields["calibration"] = None if calibration is None else Calibration.from_json(calibration)
+            fields["subnet_calibrations"] = {subnet: Calibration.from_json(one) for subnet, one in fields.get("subnet_calibrations", {}).items()}
             fields |= {"layers": tuple(fields["layers"]), "encoder_layers": tuple(fields["encoder_layers"])}
             fields |= {"confidence": Confidence(fields["confidence"]), "policy": Policy(fields["policy"])}
-            return cls(**fields, calibration=calibration)
+            return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"`{KEY}` in config.json is not as this llmdistill writes it ({error}); make the exits again, or upgrade llmdistill") from error
 

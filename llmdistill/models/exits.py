@@ -117,6 +117,13 @@ def attach(model: Any, settings: ExitSettings) -> Exits:
     return model.exits
 
 
+def keep_places(exits: Exits, places: Sequence[int], encoder_places: Sequence[int]) -> dict[str, nn.ModuleList]:
+    """The lists of modules of exits of which only some stay, by the names of their attributes."""
+    names = {prefix + name: kept for prefix, kept in (("", places), ("encoder_", encoder_places)) for name in ("norms", "adapters", "gates")}
+    lists = {name: getattr(exits, name, ()) for name in names}
+    return {name: nn.ModuleList(modules[place] for place in names[name]) for name, modules in lists.items() if len(modules) not in (0, len(names[name]))}
+
+
 def keep_settings(model: Any, settings: ExitSettings) -> None:
     """Other settings for exits that are there: another confidence, a calibration."""
     setattr(model.config, KEY, settings.to_json())
@@ -125,7 +132,7 @@ def keep_settings(model: Any, settings: ExitSettings) -> None:
 def digest(model: Any) -> str:
     """sha256 of the weights and of what else decides what a confidence is; a model in another dtype has another one."""
     settings = read_exits(model.config)
-    uncalibrated = None if settings is None else replace(settings, calibration=None).to_json()
+    uncalibrated = None if settings is None else replace(settings, calibration=None, subnet_calibrations={}).to_json()
     ties = ties_of(model)
     found = hashlib.sha256(json.dumps(uncalibrated, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,7 +1,7 @@
 """The operating points of a checkpoint: its sub-networks, taken out of it, times the risks that its exits were calibrated for, each with its pace here.
 
 Which sub-networks: of an elastic checkpoint those that a search has measured (search.json), with their accuracies; without a search the largest, the chosen and
-the smallest. Any other checkpoint is its own largest. Exits are the largest's alone: a sub-network that is taken out has none (elastic/extract.py).
+the smallest. Any other checkpoint is its own largest. Each has the risks that it was calibrated for by itself (stages/calibrate.py).
 """
 
 from __future__ import annotations

@@ -3,10 +3,17 @@
     CalibrateExits(checkpoint=with_exits, task=task, deltas=(0.02,), epsilon=0.05)
 
 With probability at least 1 - epsilon over the calibration rows, the expected loss of quality against the full student is at most delta (exits/guarantee.py).
-The rows are held-out ones that nothing was trained on. The thresholds are for these weights: they come with their digest, and the engine refuses them for
-others. So this is the last technique to be applied.
+The rows are held-out ones that nothing was trained on. Those of the split "validation" may have chosen among weights (TrainSettings.best); a split that has
+chosen nothing keeps the promise to the letter. The thresholds are for these weights: they come with their digest, and the engine refuses them for others. So
+this is the last technique to be applied.
 
-calibration.json beside the model holds the whole curve: for every threshold the mean loss, the accuracy and the layers a token.
+    CalibrateExits(checkpoint=with_exits, task=task, subnets=search)
+
+gives sub-networks of an elastic student thresholds too, each by itself as it is when it is extracted: the promise is each one's, against that sub-network at
+full depth, and not one for all of them at once. The server offers each at its risks (serve/points.py), and an extraction has them.
+
+calibration.json beside the model holds the whole curve: for every threshold the mean loss, the accuracy and the layers a token; under `subnets` those of the
+sub-networks.
 """
 
 import json
@@ -15,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.core.artifacts import CALIBRATION, Checkpoint
+from llmdistill.core.artifacts import CALIBRATION, Checkpoint, FoundSubnets
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Stage, speed
@@ -51,6 +58,8 @@ class CalibrateExits(Stage[Checkpoint]):
     confidence: Confidence = Confidence.TOP1
     policy: Policy = Policy.DEFERRED
     decay: float = 0.0
+    subnets: tuple[str, ...] | Stage[FoundSubnets] = ()
+    """The sub-networks of an elastic student that get thresholds beside the whole, as elastic/choice.py writes them, or those that a search has measured."""
     split: str = "validation"
     max_new_tokens: int = 64
     max_batch_rows: int = speed(32)
@@ -67,23 +76,57 @@ class CalibrateExits(Stage[Checkpoint]):
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
         from llmdistill.models import checkpoint
-        from llmdistill.models.exits import digest, keep_settings
+        from llmdistill.models.exits import keep_settings
 
         source = run.artifact(self.checkpoint)
         student = Answering.load(source.folder, device=device_name(), max_batch_rows=self.max_batch_rows)
         settings = self._settings(student.model)
-        keep_settings(student.model, settings)
-        found = self._curve(run, student)
-        points = [self._point(found, delta) for delta in self.deltas]
-        num_rows = found.losses_Tn.shape[1]
-        model = student.model
-        calibration = Calibration(weights=digest(model), epsilon=self.epsilon, quality=self.quality.value, num_rows=num_rows, points=tuple(points))
-        keep_settings(model, replace(settings, calibration=calibration))
-        figures = self._figures(found, points, settings)
+        model, subnets = student.model, self._subnets(run, student.model)
+        keep_settings(model, settings)
+        found, calibration = self._calibrated(run, student)
+        figures, record = self._figures(found, calibration.points, settings), _record(self, found, calibration.points, model)
+        of_subnets: dict[str, Calibration] = {}
+        for text, small in subnets.items():
+            found, of_subnets[text] = self._calibrated(run, replace(student, model=small))
+            record.setdefault("subnets", {})[text] = _record(self, found, of_subnets[text].points, small)
+        if subnets:
+            figures["num_calibrated_subnets"] = len(subnets)
+        keep_settings(model, replace(settings, calibration=calibration, subnet_calibrations=of_subnets))
         entry = {"technique": "calibrate exits", "settings": describe(self), "measured": figures}
-        checkpoint.save(model, student.tokenizer, run.folder, lineage=[*source.lineage(), entry], card=_card(self, source, figures))
-        (run.folder / CALIBRATION).write_text(json.dumps(_record(self, found, points, student.model), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        checkpoint.save(model, student.tokenizer, run.folder, lineage=[*source.lineage(), entry], card=_card(self, source, figures, of_subnets))
+        (run.folder / CALIBRATION).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return figures
+
+    def _subnets(self, run: Run, model: "PreTrainedModel") -> "dict[str, PreTrainedModel]":
+        """Those that are calibrated beside the whole, taken out, by their names."""
+        from llmdistill.elastic.choice import parse, write
+        from llmdistill.elastic.extract import extracted
+        from llmdistill.elastic.kept import is_elastic, space_of
+        from llmdistill.models.exits import exits_of, keep_settings
+
+        texts = self.subnets if isinstance(self.subnets, tuple) else [str(point["subnet"]) for point in run.artifact(self.subnets).found()["points"]]
+        if texts and not is_elastic(model):
+            raise ValueError(f"the student of {self.checkpoint.name!r} is not elastic, and CalibrateExits.subnets is {self.subnets}; leave it out")
+        found = {}
+        for subnet in (parse(text, space_of(model)) for text in texts):
+            small, text = extracted(model, subnet), write(subnet, space_of(model))
+            if subnet == space_of(model).largest():
+                continue  # which is calibrated anyway
+            if exits_of(small) is None:
+                log.warning("the sub-network %s keeps no layer on both sides of an exit, and stays at full depth", text)
+                continue
+            keep_settings(small, self._settings(small))
+            found[text] = small.eval()
+        return found
+
+    def _calibrated(self, run: Run, student: Answering) -> "tuple[Curve, Calibration]":
+        """What the student loses at each threshold, and the thresholds that are safe for it."""
+        from llmdistill.models.exits import digest
+
+        found = self._curve(run, student)
+        points = tuple(self._point(found, delta) for delta in self.deltas)
+        num_rows = found.losses_Tn.shape[1]
+        return found, Calibration(weights=digest(student.model), epsilon=self.epsilon, quality=self.quality.value, num_rows=num_rows, points=points)
 
     def _settings(self, model: "PreTrainedModel") -> ExitSettings:
         from llmdistill.models.exit_settings import read_exits
@@ -91,7 +134,7 @@ class CalibrateExits(Stage[Checkpoint]):
         settings = read_exits(model.config)
         if settings is None:
             raise ValueError(f"the student of {self.checkpoint.name!r} has no exits, so there is no threshold to find: train some first (the TrainExits stage)")
-        return replace(settings, confidence=self.confidence, policy=self.policy, decay=self.decay, calibration=None)
+        return replace(settings, confidence=self.confidence, policy=self.policy, decay=self.decay, calibration=None, subnet_calibrations={})
 
     def _curve(self, run: Run, student: Answering) -> "Curve":
         from llmdistill.exits.guarantee import THRESHOLDS, fewest_rows
@@ -168,8 +211,11 @@ def _record(stage: CalibrateExits, found: "Curve", points: Sequence[Point], mode
     }
 
 
-def _card(stage: CalibrateExits, source: Checkpoint, figures: Mapping[str, JsonScalar]) -> str:
+def _card(stage: CalibrateExits, source: Checkpoint, figures: Mapping[str, JsonScalar], of_subnets: Mapping[str, Calibration]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    if of_subnets:
+        rows = (f"| `{text}` | {point.delta:g} | {point.threshold:.6g} | {point.mean_layers:.3f} |" for text, one in of_subnets.items() for point in one.points)
+        table += "\n\nSub-networks, each by itself:\n\n| sub-network | delta | threshold | layers a token |\n|---|---|---|---|\n" + "\n".join(rows)
     return f"""{source.model_card().rstrip()}
 
 # {stage.name}: calibrated exits

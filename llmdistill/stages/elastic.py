@@ -118,7 +118,7 @@ class Elastic(Stage[Checkpoint]):
         if exits_of(model) is not None:
             raise ValueError(
                 f"the student of {self.checkpoint.name!r} has exits, which read the states of the whole in the order that they have now: "
-                "make the student elastic first, take out a sub-network, and give that exits"
+                "make the student elastic first, and give it exits afterwards"
             )
         space = self.axes.space(shape_of(model))  # refuses what cannot be before anything is measured
         if self.num_importance_rows:

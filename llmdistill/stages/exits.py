@@ -6,6 +6,9 @@ Each exit is a norm, on request an adapter and a gate, before the student's own 
 stays what it was to the bit, or the whole student with them (losses/exits.py). At which confidence a token may leave is found afterwards
 (stages/calibrate.py); until then none does, and the checkpoint is decoded at full depth.
 
+The exits of an elastic student are its sub-networks' too (elastic/exit_cuts.py): at every step they learn from the whole and from some of these, whose weights
+stay what they are.
+
 While it builds, `training/` holds the student with its new exits and the state of the training.
 """
 
@@ -15,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,8 @@ from llmdistill.core.artifacts import Checkpoint, RationaleRow, Rationales
 from llmdistill.core.manifest import describe
 from llmdistill.core.run import Run
 from llmdistill.core.stage import JsonScalar, Launcher, Stage
+from llmdistill.elastic.choice import Subnet
+from llmdistill.elastic.strategy import Sandwich, watched
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.models.exit_settings import Confidence, ExitSettings, Policy
 from llmdistill.stages.distil_card import task_section
@@ -33,6 +39,7 @@ from llmdistill.train_settings import Best, Epochs, TrainSettings
 if TYPE_CHECKING:
     from llmdistill.batches import Example
     from llmdistill.losses.exits import ExitLoss
+    from llmdistill.losses.in_guises import LossInGuises
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +82,8 @@ class TrainExits(Stage[Checkpoint]):
     confidence: Confidence = Confidence.TOP1
     policy: Policy = Policy.DEFERRED
     trains: Trains = Trains.EXITS
+    subnets: Sandwich = Sandwich()
+    """The sub-networks of an elastic student that each step learns from beside the whole."""
     kl_weight: float = 1.0
     temperature: float = 1.0
     layer_dropout: float = 0.0
@@ -108,7 +117,7 @@ class TrainExits(Stage[Checkpoint]):
                     stack.enter_context(without_dropout(model))
                 if self.trains is Trains.EXITS:
                     stack.enter_context(only_trained(model, list(model.exits.parameters())))  # pyright: ignore[reportAttributeAccessIssue]
-                trained = train(model, lessons, self._loss(), self.settings, folder, seed=self.seed, journal=run)
+                trained = train(model, lessons, self._loss(model), self.settings, folder, seed=self.seed, journal=run)
             figures: dict[str, JsonScalar] = {**trained.figures, "num_train_examples": len(lessons.train)}
             if process.is_main_process:
                 figures |= self._write(run, folder, trained.weights, lessons.train, figures)
@@ -118,16 +127,17 @@ class TrainExits(Stage[Checkpoint]):
         """Write the student with its new exits."""
         import torch
 
+        from llmdistill.elastic.kept import is_elastic
         from llmdistill.models import checkpoint
         from llmdistill.models.anatomy import stacks
         from llmdistill.models.exits import add_exits
 
         source = run.artifact(self.checkpoint)
         model, tokenizer = checkpoint.load(source.folder)
-        if isinstance(getattr(model.config, "elastic", None), dict):
+        if is_elastic(model) and self.trains is Trains.WHOLE:
             raise ValueError(
-                f"the student of {self.checkpoint.name!r} is elastic, and its exits would be the whole's alone: extract a sub-network first "
-                "(the Extract stage, or `llmdistill extract FOLDER OUT --subnet TEXT`) and give that exits"
+                f"the student of {self.checkpoint.name!r} is elastic, and its sub-networks were trained for the weights that it has: set trains=EXITS, or "
+                "extract one first (the Extract stage, or `llmdistill extract FOLDER OUT --subnet TEXT`) and train that"
             )
         num_layers = len(stacks(model)[-1].layers)
         if num_layers < 2:
@@ -155,10 +165,11 @@ class TrainExits(Stage[Checkpoint]):
         stops = getattr(model.generation_config, "eos_token_id", None)
         return sorted(counts.keys() | set([] if stops is None else [stops] if isinstance(stops, int) else stops))
 
-    def _loss(self) -> "ExitLoss":
+    def _loss(self, model: Any) -> "ExitLoss | LossInGuises":
+        from llmdistill.elastic.kept import is_elastic
         from llmdistill.losses.exits import ExitLoss
 
-        return ExitLoss(
+        loss = ExitLoss(
             multitask=self.loss,
             has_gates=self.gates or bool(self.encoder_layers),
             trains_whole=self.trains is Trains.WHOLE,
@@ -167,6 +178,24 @@ class TrainExits(Stage[Checkpoint]):
             layer_dropout=self.layer_dropout,
             seed=self.seed,
         )
+        return self._in_sub_networks(loss, model) if is_elastic(model) else loss
+
+    def _in_sub_networks(self, loss: "ExitLoss", model: Any) -> "LossInGuises":
+        """The loss of the whole and of those sub-networks of each step that have exits."""
+        from llmdistill.elastic.exit_cuts import exits_within
+        from llmdistill.elastic.kept import space_of
+        from llmdistill.elastic.subnet import with_subnet
+        from llmdistill.losses.in_guises import LossInGuises
+        from llmdistill.models.exit_settings import read_exits
+
+        space, settings = space_of(model), read_exits(model.config)
+        assert settings is not None, "the student has exits before it is trained"
+        of_step = self.subnets.subnets(space, seed=self.seed, num_steps=0)
+
+        def guises(subnets: Sequence[Subnet]) -> list[Any]:
+            return [partial(with_subnet, subnet=subnet) for subnet in subnets if exits_within(settings, space, subnet)]
+
+        return LossInGuises(loss=loss, guises=lambda step: guises(of_step(step)), watched=guises(watched(space, seed=self.seed)))
 
     def _write(self, run: Run, folder: Path, weights: Path, examples: "Sequence[Example]", figures: Mapping[str, JsonScalar]) -> dict[str, JsonScalar]:
         """Write the checkpoint; returns its sizes."""

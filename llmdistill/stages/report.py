@@ -92,7 +92,7 @@ class ReportStage(Stage[Report]):
             "training": self._training(run, [stage.checkpoint.name for stage in self.evaluations]),
             "compression": self._left(run, COMPRESSION),
             "elastic": page.searches(self._left(run, SEARCH)),
-            "exits": self._left(run, CALIBRATION),
+            "exits": self._exits(run),
             "samples": _samples({student["name"]: student for student in students}),
             "machine": students[0]["machine"],
             "stages": self._stages(run, start),
@@ -130,6 +130,14 @@ class ReportStage(Stage[Report]):
         names = {stage.key: stage.name for stage in Graph.above(self).stages}
         paths = {manifest["key"]: _folder(run, manifest["key"]) / file for manifest in run.above()}
         return [{"name": names[key], **read_json(path)} for key, path in paths.items() if path.is_file()]
+
+    def _exits(self, run: Run) -> list[dict[str, Any]]:
+        """What was calibrated, a sub-network after the whole that it is of."""
+        found = []
+        for whole in self._left(run, CALIBRATION):
+            subnets = whole.pop("subnets", {})
+            found += [whole, *({"name": f"{whole['name']}, {text}", **one} for text, one in subnets.items())]
+        return found
 
     def _stages(self, run: Run, start: float) -> list[dict[str, Any]]:
         """Every stage of the pipeline, this one last, with the time up to here."""

@@ -49,6 +49,7 @@ CHANGED = {
     "elastic": [
         *("--axes", "axes?ffn=0.5&even=true", "--strategy", "progressive:2", "--limits", "latency_ms_batch_1<=20", "weight_bytes<=1e7"),
         *("--methods", "nsga2", "controller?width=16", "differentiable:MIXED", "--latency.batch-size", "8", "--duration", "steps:9"),
+        *("--num-exits", "2", "--deltas", "0.01", "0.03"),
     ],
     "quickstart": ["--teacher", "openai:gpt?concurrency=2", "--rationale-weight", "0.25"],
     "skip": ["--technique", "skip:0.05?unit=FEED_FORWARD&refine=true", "--where", "DECODER", "--loss", "label-only", "--duration", "steps:9"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import T5Config
 
 from llmdistill.decode.engine import Decoding, Engine
 from llmdistill.elastic.axes import Axes
-from llmdistill.elastic.choice import parse
+from llmdistill.elastic.choice import parse, write
 from llmdistill.elastic.extract import extracted
 from llmdistill.elastic.kept import keep, space_of
 from llmdistill.elastic.measure import shape_of
@@ -49,11 +50,18 @@ def make(tokenizer: Any, folder: Path, *, kind: str) -> Path:
         torch.nn.init.normal_(parameter)
     if kind == "elastic":
         keep(model, Axes(ffn=(0.5,), heads=(0.5,), depth=(0.5,), width=(0.5,), rank=(0.5,)).space(shape_of(model)))
-    points = tuple(Point(delta=delta, threshold=threshold, mean_loss=0.0, mean_layers=2.5 - delta) for delta, threshold in RISKS.items())
-    calibration = Calibration(weights=digest(model), epsilon=0.05, quality="accuracy", num_rows=10, points=points)
-    keep_settings(model, ExitSettings(layers=LAYERS, adapter_rank=2, calibration=calibration))
+    settings = ExitSettings(layers=LAYERS, adapter_rank=2, calibration=calibration(model))
+    if kind == "elastic":
+        smallest = space_of(model).smallest()
+        settings = replace(settings, subnet_calibrations={write(smallest, space_of(model)): calibration(extracted(model, smallest))})
+    keep_settings(model, settings)
     save(model, tokenizer, folder, lineage=[], card="a test")
     return folder
+
+
+def calibration(model: Any) -> Calibration:
+    points = tuple(Point(delta=delta, threshold=threshold, mean_loss=0.0, mean_layers=2.5 - delta) for delta, threshold in RISKS.items())
+    return Calibration(weights=digest(model), epsilon=0.05, quality="accuracy", num_rows=10, points=points)
 
 
 @pytest.fixture(scope="module", params=["elastic", "int8"])
@@ -87,10 +95,13 @@ def test_a_request_gets_the_sub_network_and_the_exits_that_it_asks_for(folder, s
     assert said(exit_risk=0.5)[1] == 1
     assert said(exit_risk=0)[1] == 4
     if folder.name == "elastic":
-        assert said(subnet="smallest") == expected(extracted(model, parse("smallest", space_of(model))), NEVER)
-        assert said(subnet="smallest")[1] == 2
+        smallest = extracted(model, parse("smallest", space_of(model)))
+        assert said(subnet="smallest") == expected(smallest, RISKS[0.01])
+        assert said(subnet="smallest", exit_risk=0) == expected(smallest, NEVER)
+        assert said(subnet="smallest", exit_risk=0.5) == expected(smallest, RISKS[0.1])
+        assert (said(subnet="smallest", exit_risk=0)[1], said(subnet="smallest", exit_risk=0.5)[1]) == (2, 1)
     risks = [(point.exit_risk, point.num_layers) for point in served.points.all]
-    assert risks == [(0.0, 4), (0.01, 4), (0.1, 4)] + ([(0.0, 2)] if folder.name == "elastic" else [])
+    assert risks == [(risk, layers) for layers in ((4, 2) if folder.name == "elastic" else (4,)) for risk in (0.0, *RISKS)]
 
 
 def test_thresholds_of_other_weights_are_refused(folder) -> None:

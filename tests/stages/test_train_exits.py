@@ -17,6 +17,10 @@ from llmdistill.compress.int8 import Int8
 from llmdistill.core.artifacts import CALIBRATION, read_json
 from llmdistill.core.store import Store
 from llmdistill.decode.decoding import Decoding
+from llmdistill.elastic.axes import Axes
+from llmdistill.elastic.choice import parse, write
+from llmdistill.elastic.extract import extracted
+from llmdistill.elastic.kept import space_of
 from llmdistill.exits.quality import Quality
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models import checkpoint
@@ -28,6 +32,8 @@ from llmdistill.stages.calibrate import CalibrateExits
 from llmdistill.stages.elastic import Elastic
 from llmdistill.stages.evaluate import Evaluate
 from llmdistill.stages.exits import TrainExits, Trains, Vocabulary, evenly
+from llmdistill.stages.extract import Extract
+from llmdistill.stages.report import ReportStage
 from llmdistill.stages.take import Take
 from llmdistill.train_settings import Steps, TrainSettings
 
@@ -133,15 +139,73 @@ def test_rows_that_are_too_few_promise_nothing(tmp_path: Path, caplog: pytest.Lo
     assert found.points[0].threshold == 1.0
 
 
+def elastic_student(like: TrainExits) -> Elastic:
+    """The student of exits, made elastic."""
+    axes = Axes(depth=(0.5,), ffn=(0.5,), heads=())
+    return Elastic(checkpoint=like.checkpoint, task=like.task, rationales=like.rationales, loss=LabelOnly(), settings=SHORT, axes=axes)
+
+
+def test_exits_of_an_elastic_student_are_its_sub_networks_and_each_is_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, store = train_exits(tmp_path, num_exits=3), Store(tmp_path / "store")
+    elastic = elastic_student(plain)
+    exits = dataclasses.replace(plain, checkpoint=elastic)
+    subnets = ("smallest", "decoder.ffn=16", "largest")
+    deltas = {"deltas": (0.3, 0.9), "quality": Quality.SAME, "split": "test", "max_new_tokens": 3}
+    calibrate = CalibrateExits(checkpoint=exits, task=exits.task, subnets=subnets, **deltas)  # pyright: ignore[reportArgumentType]
+    trained, built = store.build(exits).folder, store.build(calibrate).folder
+    before, after = (checkpoint.load(folder)[0] for folder in (store.artifact(elastic).folder, trained))
+    space = space_of(before)
+    for subnet in (space.largest(), space.smallest()):
+        weights = extracted(after, subnet).state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in extracted(before, subnet).state_dict().items())
+    whole = checkpoint.load(built)[0]
+    settings = read_exits(whole.config)
+    assert settings is not None
+    names = [write(parse(text, space), space) for text in subnets[:2]]
+    assert list(settings.subnet_calibrations) == names
+    assert list(read_json(built / CALIBRATION)["subnets"]) == names
+    for text in subnets[:2]:
+        out = store.build(Extract(checkpoint=calibrate, subnet=text)).folder
+        found = Calibration.read(read_json(out / "config.json"))
+        assert found == settings.subnet_calibrations[write(parse(text, space), space)]
+        assert found is not None
+        assert found.points[1].threshold < 1
+        student = Answering.load(out, device="cpu")
+        early, full = (student.generated(PREDICT, ["some words"] * 2, decoding=Decoding(max_new_tokens=3, exit_threshold=one)) for one in (0.0, 1.0))
+        assert {layer for row in early for layer in row.layers} == {1}
+        assert {layer for row in full for layer in row.layers} == {2 if text == "smallest" else 4}
+        own = student.generated(PREDICT, ["some words"], decoding=Decoding(max_new_tokens=3))  # at the first delta's threshold, which is for these weights
+        assert own == student.generated(PREDICT, ["some words"], decoding=Decoding(max_new_tokens=3, exit_threshold=found.points[0].threshold))
+    losses = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    watched = [line["validation_loss"] for line in losses if "validation_loss" in line]
+    assert watched[-1] < watched[0]
+    evaluation = Evaluate(checkpoint=calibrate, task=exits.task)
+    report = store.build(ReportStage(title="exits", evaluations=(evaluation,)))
+    assert [found["name"] for found in report.data()["exits"]] == ["calibrate_exits", *(f"calibrate_exits, {name}" for name in names)]
+    assert all(name in report.page.read_text() for name in names)
+
+
+def test_a_sub_network_without_exits_stays_at_full_depth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, store = train_exits(tmp_path, layers=(3,)), Store(tmp_path / "store")
+    exits = dataclasses.replace(plain, checkpoint=dataclasses.replace(elastic_student(plain), axes=Axes(depth=(0.25,), ffn=(), heads=())))
+    calibrate = CalibrateExits(checkpoint=exits, task=exits.task, subnets=("smallest",), deltas=(0.9,), quality=Quality.SAME, split="test", max_new_tokens=3)
+    built = store.build(calibrate)
+    assert "keeps no layer on both sides of an exit" in caplog.text
+    assert "subnets" not in read_json(built.folder / CALIBRATION)
+    assert "exits" not in read_json(store.build(Extract(checkpoint=calibrate, subnet="smallest")).folder / "config.json")
+
+
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     exits, store = train_exits(tmp_path), Store(tmp_path / "store")
     with pytest.raises(ValueError, match="has no exits"):
         store.build(CalibrateExits(checkpoint=exits.checkpoint, task=exits.task, deltas=(0.5,), split="test"))
     with pytest.raises(ValueError, match="ascending"):
         CalibrateExits(checkpoint=exits, task=exits.task, deltas=(0.05, 0.02))
-    elastic = Elastic(checkpoint=exits.checkpoint, task=exits.task, rationales=exits.rationales, loss=LabelOnly(), settings=SHORT)
-    with pytest.raises(ValueError, match="is elastic"):
-        store.build(dataclasses.replace(exits, checkpoint=elastic))
+    elastic = elastic_student(exits)
+    with pytest.raises(ValueError, match="is elastic, and its sub-networks were trained for the weights that it has"):
+        store.build(dataclasses.replace(exits, checkpoint=elastic, trains=Trains.WHOLE))
+    with pytest.raises(ValueError, match=r"is not elastic, and CalibrateExits\.subnets is"):
+        store.build(CalibrateExits(checkpoint=exits, task=exits.task, deltas=(0.5,), split="test", subnets=("smallest",)))
     with pytest.raises(ValueError, match="has exits"):
         store.build(dataclasses.replace(elastic, checkpoint=exits))
     shallow = compress(tmp_path, Int8()).checkpoint
