@@ -13,6 +13,9 @@
     Told are the error of the outputs of q, k and v on held-out rows, ||X (W - W')|| / ||X W|| over q, k and v of a layer, mean over layers, and held-out
     perplexity. Goal: joint below separate at equal parameters. Then QSVD.apply, timed.
 
+    SmolLM2 has 9 query heads and 3 of keys and values. `--checkpoint` and `--rationales` take a student of ours in its place, such as a quickstart's T5,
+    which has equally many of all, and the rows that it learned from (runs/quickstart/latest/label_only and annotate): its self-attention, in the same forms.
+
 (b) A T5 of T5-small's shape with random weights whose decoder layers share one latent: bytes kept of a row's encoder output, and the time of whole
     generate calls with keys and values expanded and with the latent alone.
 """
@@ -36,14 +39,17 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from llmdistill.compress.calibration import Calibration
-from llmdistill.compress.qsvd import QSVD
+from llmdistill.compress.qsvd import QSVD, Cross
 from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
 from llmdistill.compress.ranks import Allocation, allocate
 from llmdistill.compress.slots import slots
 from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import Data
+from llmdistill.core.artifacts import Rationales
 from llmdistill.decode.engine import CrossCache, Decoding, Engine
-from llmdistill.losses.multitask import LabelOnly
+from llmdistill.losses.multitask import LabelOnly, Multitask, lessons_of
+from llmdistill.losses.prompts import EXPLAIN
+from llmdistill.models.checkpoint import load
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.source import ModelSource
 
@@ -55,7 +61,7 @@ class Bench:
 
     def __init__(self, model: Any, calibration: Calibration, num_gradient_rows: int) -> None:
         self.model, self.calibration = model, calibration
-        self.joint = groups_of(QSVD(), model)
+        self.joint = groups_of(QSVD(cross=Cross.NONE), model)
         self.separate = [Group(slot.path, (slot,), (linear,)) for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)]
         both = [*self.joint, *self.separate]
         self.weighed = [replace(group, name=f"{group.name}, weighed") for group in self.joint]
@@ -117,6 +123,28 @@ def smollm2(arguments: argparse.Namespace) -> None:
         held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
         loss=LabelOnly(),
     )
+    compare(model, calibration, arguments)
+    compressed = copy.deepcopy(model)
+    begin = time.perf_counter()
+    applied = QSVD(keep=0.6, num_gradient_rows=arguments.gradient_rows).apply(compressed, calibration)
+    print(f"QSVD.apply, 60% kept: {time.perf_counter() - begin:.0f} s, perplexity {math.exp(calibration.mean_loss(compressed)):.3f}", flush=True)
+    exponents = [layer.figures["exponent"] for layer in applied.layers if "exponent" in layer.figures]
+    print(f"exponents: mean {statistics.mean(exponents):.2f}, from {min(exponents)} to {max(exponents)}", flush=True)
+
+
+def own_student(arguments: argparse.Namespace) -> None:
+    """(a) of a checkpoint of ours."""
+    model, tokenizer = load(arguments.checkpoint, dtype=torch.float32)
+    rows, longest = list(Rationales(arguments.rationales).rows()), {"max_input_tokens": 512, "max_target_tokens": 128}
+    loss = Multitask() if EXPLAIN in model.config.llmdistill["taught"] else LabelOnly()
+    drawn = {"train": arguments.calibration_rows, "validation": arguments.held_out_rows}
+    taught = {split: lessons_of([row for row in rows if row.split == split][:number]) for split, number in drawn.items()}
+    of_split = {split: loss.examples(lessons, tokenizer, model.config, **longest) for split, lessons in taught.items()}
+    compare(model, Calibration(examples=of_split["train"], held_out=of_split["validation"], loss=loss), arguments)
+
+
+def compare(model: Any, calibration: Calibration, arguments: argparse.Namespace) -> None:
+    """Prints what each form loses at each share."""
     begin = time.perf_counter()
     bench = Bench(model, calibration, arguments.gradient_rows)
     print(f"dense: perplexity {math.exp(calibration.mean_loss(model)):.3f}; statistics and gradients {time.perf_counter() - begin:.0f} s", flush=True)
@@ -127,12 +155,6 @@ def smollm2(arguments: argparse.Namespace) -> None:
             print(f"{keep:.0%} kept  {form:18} output error {errors[form]:.4f}  perplexity {perplexity:9.3f}", flush=True)
         is_met = errors["joint uniform"] < errors["separate whitened"]
         print(f"{keep:.0%} kept  joint below separate at equal parameters: {'met' if is_met else 'MISSED'}", flush=True)
-    compressed = copy.deepcopy(model)
-    begin = time.perf_counter()
-    applied = QSVD(keep=0.6, num_gradient_rows=arguments.gradient_rows).apply(compressed, calibration)
-    print(f"QSVD.apply, 60% kept: {time.perf_counter() - begin:.0f} s, perplexity {math.exp(calibration.mean_loss(compressed)):.3f}", flush=True)
-    exponents = [layer.figures["exponent"] for layer in applied.layers if "exponent" in layer.figures]
-    print(f"exponents: mean {statistics.mean(exponents):.2f}, from {min(exponents)} to {max(exponents)}", flush=True)
 
 
 def t5_with_latent(rank: int) -> T5ForConditionalGeneration:
@@ -189,6 +211,8 @@ def _compare(model: nn.Module, prompts: Sequence[Sequence[int]], decoding: Decod
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="a student of ours in place of SmolLM2; with --rationales")
+    parser.add_argument("--rationales", type=Path, default=None, help="the folder of the stage whose rows it learned from")
     parser.add_argument("--calibration-rows", type=int, default=64)
     parser.add_argument("--gradient-rows", type=int, default=32)
     parser.add_argument("--held-out-rows", type=int, default=8)
@@ -201,7 +225,7 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     if "smollm2" in arguments.parts:
-        smollm2(arguments)
+        smollm2(arguments) if arguments.checkpoint is None else own_student(arguments)
     if "cross" in arguments.parts:
         cross_attention(arguments)
 
