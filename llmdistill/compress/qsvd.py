@@ -5,7 +5,8 @@ section 3. The weights are stacked to W = [W_q; W_k; W_v], and their rank R cost
 their own would take 6RI. In the model each of the three is a low-rank linear, and their `down.weight` is one and the same parameter.
 
 - Importance. A singular value counts what it does to the loss: I_i = mean over rows n of (sigma_i * dL_n/dsigma_i)^2 (qsvd_maths.py derives it). One ranking
-  over all layers under one budget says which are kept; those of a layer need not be its largest.
+  over all layers under one budget says which are kept; those of a layer need not be its largest. L_n is the row's loss in the source, as with Importance.LOSS
+  here; by default it is what the model says there (row_objective.py), since students are compressed on rows that they know by heart.
 - Exponent. sigma^beta goes into the down-projection and sigma^(1 - beta) into the up-projections, which changes nothing until they are quantized.
 - Rotation. Between the factors, an orthogonal matrix and its inverse change nothing either, and spread outliers of the latent over its channels.
 
@@ -26,6 +27,7 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from llmdistill.compress.importance import Importance
 from llmdistill.compress.ranks import Allocation, Budget
 from llmdistill.compress.svd import Data
 
@@ -36,16 +38,10 @@ if TYPE_CHECKING:
     from llmdistill.compress.method import Applied
 
 
-class Importance(enum.Enum):
-    """What a singular value counts."""
-
-    LOSS = "the square of what it does to a row's loss, to first order"
-    ENERGY = "its share of the layer's outputs, squared"
-
-
 class Outputs(enum.Enum):
     """What the error of an output counts in the decomposition."""
 
+    ANSWERS = "the root mean square of the gradient there of what the model says, softened, from row to row"
     LOSS = "the root mean square of the loss's gradient there, from row to row"
     ALIKE = "as much as that of any other"
 
@@ -79,8 +75,8 @@ class QSVD:
     alpha: float = 0.5
     """ASVD's exponent; only `Data.ACTIVATION` has one."""
     ranks: Allocation = Allocation.GLOBAL
-    importance: Importance = Importance.LOSS
-    outputs: Outputs = Outputs.LOSS
+    importance: Importance = Importance.ANSWERS
+    outputs: Outputs = Outputs.ANSWERS
     num_gradient_rows: int = 32
     """Of the calibration rows: as many are run backwards for the importance, and half as many for the outputs."""
     cross: Cross = Cross.JOINT

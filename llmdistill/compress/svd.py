@@ -2,8 +2,9 @@
 
 What is minimised (`data`) and why nothing is inverted for it says low_rank_maths.py; how the budget is divided (`ranks`) says ranks.py.
 
-- `importance`: one ranking over all layers needs to know what each layer's errors do to the loss; loss_importance.py says how that is measured. A layer then
-  keeps the directions of its outputs that matter most to the loss, which need not be those of most energy. The other divisions keep those of most energy.
+- `importance`: one ranking over all layers needs to know what each layer's errors do to the answers, or to the loss; loss_importance.py says how that is
+  measured, row_objective.py which of them when. A layer then keeps the directions of its outputs that matter most there, which need not be those of most
+  energy. The other divisions keep those of most energy.
 - `in_order`: ranks are chosen on the model as it was, then the layers are factorised in the order in which data passes them, each for the inputs that the
   compressed ones before it give: SVD-LLM's sequential update (Wang et al. 2024, section 3.2), layer by layer also within a block (block_by_block.py). Since the
   directions of the outputs are others then, each layer keeps those of most energy.
@@ -23,6 +24,7 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from llmdistill.compress.importance import Importance
 from llmdistill.compress.ranks import Allocation, Budget
 
 if TYPE_CHECKING:
@@ -38,13 +40,6 @@ class Data(enum.Enum):
     PLAIN = "the weights'"
     ACTIVATION = "the weights', each input channel weighed by its mean magnitude to the power of alpha (ASVD)"
     WHITENED = "the outputs', on the calibration rows (SVD-LLM)"
-
-
-class Importance(enum.Enum):
-    """What a direction counts in the ranking over all layers."""
-
-    LOSS = "what leaving it out does to the loss"
-    ENERGY = "its share of the energy of its layer's outputs (of its weight, where data is PLAIN)"
 
 
 class Scope(enum.Enum):
@@ -68,10 +63,10 @@ class SVD:
     alpha: float = 0.5
     """ASVD's exponent; only `Data.ACTIVATION` has one."""
     ranks: Allocation = Allocation.GLOBAL
-    importance: Importance = Importance.LOSS
+    importance: Importance = Importance.ANSWERS
     """Only `Allocation.GLOBAL` asks for one."""
     num_gradient_rows: int = 64
-    """Of the calibration rows: as many are run backwards for `Importance.LOSS`."""
+    """Of the calibration rows: as many are run backwards for `Importance.ANSWERS` and `LOSS`."""
     scope: tuple[Scope, ...] = (Scope.ATTENTION, Scope.FEED_FORWARD)
     in_order: bool = False
     refine: bool = False

@@ -13,10 +13,13 @@ from quantization_models import MODELS, calibration, rows, tiny
 from llmdistill.batches import Pair
 from llmdistill.compress import low_rank_maths as maths
 from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.importance import Importance
 from llmdistill.compress.loss_importance import loss_importances
 from llmdistill.compress.ranks import Allocation, Budget
-from llmdistill.compress.svd import SVD, Importance, Scope
+from llmdistill.compress.row_objective import TEMPERATURE, row_objective
+from llmdistill.compress.svd import SVD, Scope
 from llmdistill.compress.svd_targets import Target, targets_of
+from llmdistill.losses.loss import target_logits_NV
 
 ALL = (Scope.ATTENTION, Scope.FEED_FORWARD, Scope.EMBEDDINGS)
 STEP = 1e-3  # the norms of transformers compute in float32
@@ -27,21 +30,22 @@ def one_token() -> Calibration:
     return replace(calibration(), examples=[(Pair(part=0, input=np.array([7]), target=np.array([11])),)])
 
 
-def found(model: Any, rows_: Calibration) -> tuple[list[Target], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def found(model: Any, rows_: Calibration, importance: Importance = Importance.LOSS) -> tuple[list[Target], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     targets = targets_of(model, ALL, Budget.PARAMETERS, rows_, counts_tokens=True)[0]
     lefts = {target.path: maths.spectrum(target.scaled_OI, None).left_OK for target in targets}
-    return targets, lefts, loss_importances(model, targets, lefts, rows_, 64)
+    return targets, lefts, loss_importances(model, targets, lefts, rows_, 64, row_objective(importance, rows_.loss))
 
 
+@pytest.mark.parametrize("importance", [Importance.LOSS, Importance.ANSWERS])
 @pytest.mark.parametrize("name", ["t5 v1.1", "llama", "qwen2"])
-def test_is_the_squared_derivative_of_the_loss(name: str) -> None:
+def test_is_the_squared_derivative_of_the_loss(name: str, importance: Importance) -> None:
     model, rows_ = tiny(name, torch.float64), one_token()
     [batch] = rows_.batches(model)
-    targets, lefts, importances = found(model, rows_)
+    targets, lefts, importances = found(model, rows_, importance)
 
     def loss() -> float:
         with torch.no_grad():
-            return float(rows_.loss.sums_P(model, batch).sum())
+            return float(row_objective(importance, rows_.loss)(model, batch))
 
     for target in targets:
         if target.head or (target.embeddings and model.config.is_encoder_decoder):  # two effects, whose squares are added
@@ -60,6 +64,41 @@ def test_is_the_squared_derivative_of_the_loss(name: str) -> None:
             assert float(importances[target.path][k]) == pytest.approx(((losses[0] - losses[1]) / (2 * STEP)) ** 2, rel=1e-2, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["t5 v1.1", "llama"])
+def test_that_of_answers_is_the_second_derivative_of_how_far_the_softened_model_goes(name: str) -> None:
+    """KL(p || p without a little of the direction), in expectation over what the model says."""
+    model, rows_ = tiny(name, torch.float64), one_token()
+    [batch] = rows_.batches(model)
+    targets = targets_of(model, (Scope.ATTENTION, Scope.FEED_FORWARD), Budget.PARAMETERS, rows_, counts_tokens=True)[0][-3:]
+    lefts = {target.path: maths.spectrum(target.scaled_OI, None).left_OK for target in targets}
+    of_draws = [loss_importances(model, targets, lefts, rows_, 1, row_objective(Importance.ANSWERS, rows_.loss, seed=seed)) for seed in range(600)]
+    importances = {path: torch.stack([one[path] for one in of_draws]).mean(0) for path in lefts}
+
+    def log_probabilities() -> torch.Tensor:
+        with torch.no_grad():
+            return (target_logits_NV(model, batch) / TEMPERATURE).log_softmax(-1)
+
+    before = log_probabilities()
+    for target in targets:
+        weight, left_OK = target.weight_OI, lefts[target.path]
+        kept = weight.detach().clone()
+        for k in importances[target.path].argsort(descending=True)[:2].tolist():
+            weight.data = kept - 0.03 * left_OK[:, k : k + 1] @ (left_OK[:, k : k + 1].t() @ kept)
+            divergence = float((before.exp() * (before - log_probabilities())).sum())
+            weight.data = kept
+            assert float(importances[target.path][k]) == pytest.approx(2 * divergence / 0.03**2, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["t5 v1.1", "llama"])
+def test_that_of_answers_asks_for_no_label(name: str) -> None:
+    other = replace(one_token(), examples=[(Pair(part=0, input=np.array([7]), target=np.array([12])),)])
+    model = tiny(name)
+    for importance, is_alike in ((Importance.ANSWERS, True), (Importance.LOSS, False)):
+        one, two = found(model, one_token(), importance)[2], found(model, other, importance)[2]
+        same = [torch.equal(one[path], two[path]) for path in one if "embed" not in path and "shared" not in path and "head" not in path]
+        assert all(same) is is_alike
+
+
 @pytest.mark.parametrize("name", ["t5 v1.0", "llama tied"])
 def test_a_tied_matrix_has_the_effects_of_embedding_and_head(name: str) -> None:
     model, rows_ = tiny(name), calibration(3)
@@ -67,7 +106,8 @@ def test_a_tied_matrix_has_the_effects_of_embedding_and_head(name: str) -> None:
     [tied] = [target for target in targets if target.head]
     embedding, head = replace(tied, head=None), replace(tied, path="lm_head", embeddings=(), head=None)
     left_OK = lefts[tied.path]
-    parts = loss_importances(model, [embedding, head], {embedding.path: left_OK, head.path: left_OK}, rows_, 64)
+    lefts = {embedding.path: left_OK, head.path: left_OK}
+    parts = loss_importances(model, [embedding, head], lefts, rows_, 64, row_objective(Importance.LOSS, rows_.loss))
     torch.testing.assert_close(importances[tied.path], parts[embedding.path] + parts[head.path], rtol=1e-4, atol=1e-12)
 
 
@@ -104,13 +144,15 @@ def test_a_layer_that_the_loss_does_not_see_gives_its_ranks_to_the_others() -> N
     assert {layer.path: layer.figures.get("rank", 1e9) for layer in by_energy.layers}["model.layers.1.mlp.up_proj"] > 1
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
+@pytest.mark.parametrize("importance", [Importance.LOSS, Importance.ANSWERS])
+def test_a_loss_that_is_no_number_is_refused(importance: Importance) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     targets = targets_of(model, (Scope.ATTENTION,), Budget.PARAMETERS, calibration(1), counts_tokens=False)[0]
+    lefts, objective = {target.path: torch.eye(target.weight_OI.shape[0]) for target in targets}, row_objective(importance, calibration(1).loss)
     with pytest.raises(ValueError, match="the loss of calibration row 0 is nan"):
-        loss_importances(model, targets, {target.path: torch.eye(target.weight_OI.shape[0]) for target in targets}, calibration(1), 4)
+        loss_importances(model, targets, lefts, calibration(1), 4, objective)
 
 
 def test_other_divisions_ask_for_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

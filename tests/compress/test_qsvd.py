@@ -16,13 +16,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from llmdistill.compress import qsvd_maths
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.calibration import Calibration, row_loss
+from llmdistill.compress.importance import Importance
 from llmdistill.compress.int8 import Int8
 from llmdistill.compress.low_rank_maths import Spectrum, floored, spectrum
-from llmdistill.compress.qsvd import QSVD, Cross, Importance, Outputs, Rotation
-from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, output_scales, row_loss, spectra
+from llmdistill.compress.qsvd import QSVD, Cross, Outputs, Rotation
+from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, output_scales, spectra
 from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Allocation, Budget
+from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import SVD, Data, Scope
@@ -80,9 +82,9 @@ def test_importance_is_a_finite_difference_of_each_rows_loss(name: str, data: Da
     for norm in (T5LayerNorm, Qwen2RMSNorm):  # transformers' own pass through float32
         monkeypatch.setattr(norm, "forward", lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon))
     model, rows = tiny(name, torch.float64), calibration(3)
-    settings = QSVD(data=data, num_gradient_rows=100)
+    settings = QSVD(data=data, importance=Importance.LOSS, num_gradient_rows=100)
     groups = groups_of(settings, model)
-    scales = output_scales(model, groups, rows, 100) if outputs is Outputs.LOSS else {}
+    scales = output_scales(model, groups, rows, 100, row_objective(Importance.LOSS, rows.loss)) if outputs is Outputs.LOSS else {}
     found = {group.name: one for group, one in spectra(settings, model, groups, rows, scales)}
     importances = importances_of(settings, model, groups, found, rows)
     assert all(not parameter.grad for parameter in model.parameters() if parameter.grad is not None)
@@ -109,8 +111,9 @@ def _row_losses(model: Any, group: Any, weight_OI: Tensor, rows: Calibration) ->
         return torch.stack([row_loss(rows.loss, changed, batch) for batch in rows.batches(changed)])
 
 
-def test_the_importance_of_a_bfloat16_model_is_that_of_its_weights_in_float32() -> None:
-    rows, settings = calibration(3), QSVD()
+@pytest.mark.parametrize("importance", [Importance.LOSS, Importance.ANSWERS])
+def test_the_importance_of_a_bfloat16_model_is_that_of_its_weights_in_float32(importance: Importance) -> None:
+    rows, settings = calibration(3), QSVD(importance=importance)
     importances = []
     for dtype in (torch.bfloat16, torch.float64):
         model = tiny("t5 v1.1", torch.bfloat16)
@@ -200,7 +203,7 @@ def test_an_output_that_the_loss_does_not_see_gives_way_to_those_that_it_sees() 
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0  # the first head's values go nowhere
     group = groups_of(QSVD(), model)[0]
-    scale_O = output_scales(model, [group], rows, 4)[group.name]
+    scale_O = output_scales(model, [group], rows, 4, row_objective(Importance.ANSWERS, rows.loss))[group.name]
     assert scale_O.square().mean() == pytest.approx(1 + qsvd_maths.LEAST_OUTPUT)
     assert float(scale_O[:8].max()) < 1.01 * qsvd_maths.LEAST_OUTPUT**0.5  # its queries
     assert float(scale_O[16:].min()) > 1.1 * qsvd_maths.LEAST_OUTPUT**0.5
