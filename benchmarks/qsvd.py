@@ -43,7 +43,7 @@ from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.qsvd import QSVD, Cross, Outputs
 from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
-from llmdistill.compress.ranks import Allocation, allocate
+from llmdistill.compress.ranks import Allocation, Item, allocate
 from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.slots import slots
 from llmdistill.compress.statistics import input_statistics
@@ -95,6 +95,8 @@ class Bench:
         orders = {group.name: importance[group.name].argsort(descending=True, stable=True) for group in groups}
         items = [group.item(QSVD(), importance[group.name][orders[group.name]]) for group in groups]
         ranks = allocate(items, keep, allocation)
+        if form == "separate by loss":
+            print(f"{keep:.0%} kept  separate by loss: {_shares_by_role(groups, items, ranks)}", flush=True)
         for group, item in zip(groups, items, strict=True):
             if not item.is_dense(ranks[group.name]):
                 up_OK, down_KI = found[group.name].stacked.parts(found[group.name].spectrum)
@@ -113,6 +115,14 @@ class Bench:
         before_OI, gram_II = torch.cat([self.dense[slot.path] for slot in group.slots]).double(), self.grams[group.name]
         difference_OI = group.weight_OI().double() - before_OI
         return math.sqrt(float(((difference_OI @ gram_II) * difference_OI).sum() / ((before_OI @ gram_II) * before_OI).sum()))
+
+
+def _shares_by_role(groups: Sequence[Group], items: Sequence[Item], ranks: Mapping[str, int]) -> str:
+    """What the queries, keys and values keep of their parameters, where each matrix has ranks of its own."""
+    costs: dict[str, list[tuple[float, float]]] = {}
+    for group, item in zip(groups, items, strict=True):
+        costs.setdefault(group.slots[0].role.value, []).append((min(ranks[group.name] * item.rank_cost, item.full_cost), item.full_cost))
+    return ", ".join(f"{role} {sum(kept for kept, _ in of_role) / sum(full for _, full in of_role):.0%}" for role, of_role in costs.items())
 
 
 def smollm2(arguments: argparse.Namespace) -> None:
