@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gated_models import with_gradients, with_random_gates
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,19 +25,8 @@ Logits = Callable[[PreTrainedModel], torch.Tensor]
 BOTH = ("encoder", "decoder")
 
 
-def gated(model: Any) -> list[SkippedFeedForward]:
-    """Random gates, so that each is open for some tokens and shut for others."""
-    modules = replace_feed_forwards(model, SkippedFeedForward, BOTH)
-    for module in modules:
-        nn.init.normal_(module.gate.weight, std=2)
-        nn.init.zeros_(module.gate.bias)
-    return modules
-
-
-def with_gradients(model: Any) -> torch.Tensor:
-    ids_BL = torch.randint(2, 96, (3, 7), generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL[:, :5]} if model.config.is_encoder_decoder else {})
-    return model(**inputs).logits
+def gated(model: Any) -> Sequence[SkippedFeedForward]:
+    return with_random_gates(replace_feed_forwards(model, SkippedFeedForward, BOTH))
 
 
 def test_open_gates_are_no_gates(model: Any, logits: Logits) -> None:
