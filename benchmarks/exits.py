@@ -62,7 +62,7 @@ GOAL = 1.5
 BATCH_SIZES = (1, 8, 32)
 
 
-def students(student: Distil) -> dict[str, TrainExits]:
+def students(student: Distil, input_noise: float = 0.0) -> dict[str, TrainExits]:
     """The stages of each student with exits."""
     deep = replace(student, name="deep", student=ScratchT5(size=T5Size.DEEP, lower_case=True))
     smollm2 = replace(
@@ -71,7 +71,7 @@ def students(student: Distil) -> dict[str, TrainExits]:
         student=Pretrained(source=SMOLLM2),
         settings=TrainSettings(batch_size=16, duration=Epochs(1), learning_rate=5e-5, optimizer=AdamW(), evaluate_every_steps=40),
     )
-    common: Any = {"task": student.task, "rationales": student.rationales, "loss": LabelOnly(), "seed": student.seed}
+    common: Any = {"task": student.task, "rationales": student.rationales, "loss": LabelOnly(), "input_noise": input_noise, "seed": student.seed}
     short = TrainSettings(batch_size=32, duration=Epochs(6), learning_rate=3e-3, evaluate_every_steps=25)
     joint = replace(short, duration=Epochs(4), learning_rate=1e-3)
     return {
@@ -263,6 +263,7 @@ def main() -> None:
     names = ["quickstart", "deep", "deep, jointly", "deep, encoder too", "smollm2"]
     parser.add_argument("--students", nargs="+", default=names[:-1], choices=[*names, "heads"])
     parser.add_argument("--confidences", nargs="+", type=Confidence, default=[Confidence.TOP1, Confidence.GATE])
+    parser.add_argument("--input-noise", type=float, default=0.0, help="of half of the rows that exits learn from, the most that is replaced (TrainExits)")
     parser.add_argument("--deltas", nargs="+", type=float, default=[0.01, 0.02])
     parser.add_argument("--every", type=int, default=1, help="take every n-th threshold of the grid")
     parser.add_argument("--max-rows", type=int, default=10**9, help="of the held-out rows, to calibrate and to measure")
@@ -279,7 +280,7 @@ def main() -> None:
             print("a confidence by", flush=True)
             figures[name] = heads(arguments.repeats)
             continue
-        stage = students(student)[name]
+        stage = students(student, arguments.input_noise)[name]
         answering = Answering.load(store.build(stage).folder, device="cuda" if torch.cuda.is_available() else "cpu")
         longest = answering.model.config.llmdistill["max_new_tokens"][PREDICT]  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
         bench = Bench(answering, stage, rows[: arguments.max_rows], longest)

@@ -45,6 +45,7 @@ def pipeline(
     adapter_rank: int = 0,
     vocabulary: Vocabulary = Vocabulary.OF_ROWS,
     layer_dropout: float = 0.0,
+    input_noise: float = 0.0,
     loss: Multitask | LabelOnly | RationaleOnly = Multitask(),
     duration: Epochs | Steps = Epochs(8),
     learning_rate: float = 3e-3,
@@ -73,6 +74,7 @@ def pipeline(
         adapter_rank: Of a low-rank map before each exit's head; 0 for none.
         vocabulary: What an exit can say: the tokens of the rows' answers, or all.
         layer_dropout: Rate at which the last layer is left out in training, where the whole student is trained.
+        input_noise: The most of a row's input tokens that are replaced by others in training; 0.6 for gates that can tell.
         loss: What matters in the rows: labels, rationales or both.
         duration: Of the training.
         learning_rate: At its peak, after warm-up.
@@ -105,6 +107,7 @@ def pipeline(
         vocabulary=vocabulary,
         trains=trains,
         layer_dropout=layer_dropout,
+        input_noise=input_noise,
         settings=TrainSettings(duration=duration, learning_rate=learning_rate, batch_size=batch_size, evaluate_every_steps=50),
         seed=seed,
         **limits,

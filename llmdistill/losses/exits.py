@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmdistill.batches import Batch
+from llmdistill.losses.input_noise import with_noise
 from llmdistill.losses.loss import cross_entropy_P, decoded_states_ND, head_NV, target_states_ND
 from llmdistill.losses.multitask import LabelOnly, Multitask, RationaleOnly
 from llmdistill.losses.recover import KL_OF, token_kl_N
@@ -56,6 +57,8 @@ class ExitLoss:
     gate_weight: float = 1.0
     temperature: float = 1.0
     layer_dropout: float = 0.0
+    input_noise: float = 0.0
+    """The most of a row's input tokens that may be others while the exits are trained (losses/input_noise.py)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class ExitLoss:
             raise ValueError(f"temperature is {self.temperature}; give more than 0, such as 1 or 2")
         if not 0 <= self.layer_dropout < 1:
             raise ValueError(f"layer_dropout is {self.layer_dropout}; give 0 or more and less than 1")
+        if not 0 <= self.input_noise < 1:
+            raise ValueError(f"input_noise is {self.input_noise}; give 0 or more and less than 1")
         if self.layer_dropout and not self.trains_whole:
             raise ValueError(f"layer_dropout is {self.layer_dropout}, and the layers are not trained: train the whole, or set layer_dropout=0")
 
@@ -90,6 +95,8 @@ class ExitLoss:
         found = exits_of(model)
         assert found is not None, "the student has exits before it is trained"
         settings, exits = found
+        if self.input_noise and model.training:
+            batch = with_noise(batch, self.input_noise, model.config.vocab_size, self.seed)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         num_parts, num_layers = len(self.multitask.parts), len(stacks(model)[-1].layers)  # pyright: ignore[reportArgumentType]
         shares, encoder_states = _shares(settings.layers, num_layers), []
         with torch.set_grad_enabled(self.trains_whole and torch.is_grad_enabled()):

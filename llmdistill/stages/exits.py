@@ -88,6 +88,8 @@ class TrainExits(Stage[Checkpoint]):
     temperature: float = 1.0
     layer_dropout: float = 0.0
     """The rate of the last layer, while the whole student is trained."""
+    input_noise: float = 0.0
+    """The most of a row's input tokens replaced, in half of the train rows. Gates need it: of rows that a student knows by heart they learn nothing."""
     settings: TrainSettings = TrainSettings(duration=Epochs(8), learning_rate=3e-3, evaluate_every_steps=50)
     dropout: bool = False
     """The student's own dropout while it is trained."""
@@ -176,6 +178,7 @@ class TrainExits(Stage[Checkpoint]):
             kl_weight=self.kl_weight,
             temperature=self.temperature,
             layer_dropout=self.layer_dropout,
+            input_noise=self.input_noise,
             seed=self.seed,
         )
         return self._in_sub_networks(loss, model) if is_elastic(model) else loss

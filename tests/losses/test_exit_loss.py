@@ -119,7 +119,7 @@ def test_sums_are_those_of_the_definition(kind: str, num_vocabulary: int) -> Non
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_one_batch_of_8_is_8_of_1(kind: str) -> None:
-    model, rows, loss = student(kind), examples(8), make_loss(layer_dropout=0.5, seed=3)
+    model, rows, loss = student(kind), examples(8), make_loss(layer_dropout=0.5, input_noise=0.5, seed=3)
     model.train()
     whole, single = (collate(some, causal=kind != "t5") for some in (rows, rows[:1]))
     assert loss.skipped(4, whole.step) == loss.skipped(4, single.step)
@@ -179,7 +179,12 @@ def test_later_layers_are_left_out_more_often_and_the_first_never() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    for settings, message in (({"kl_weight": -1.0}, "kl_weight"), ({"temperature": 0.0}, "temperature"), ({"layer_dropout": 1.0}, "layer_dropout")):
+    for settings, message in (
+        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"layer_dropout": 1.0}, "layer_dropout"),
+        ({"input_noise": 1.0}, "input_noise"),
+    ):
         with pytest.raises(ValueError, match=message):
             make_loss(**settings)
     with pytest.raises(ValueError, match="layers are not trained"):
