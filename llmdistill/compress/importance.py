@@ -1,4 +1,4 @@
-"""What a direction of a weight counts where all layers share one ranking. No torch, so that settings can name it; row_objective.py computes it."""
+"""What a direction of a weight counts where all layers share one ranking. No torch, so that settings can name it; answers_loss.py computes it."""
 
 import enum
 

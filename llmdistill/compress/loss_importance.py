@@ -1,4 +1,4 @@
-"""What leaving out a direction of a weight does to the loss of a row, for one ranking over all layers. Which loss that is says row_objective.py.
+"""What leaving out a direction of a weight does to the loss of a row, for one ranking over all layers. Which loss that is says answers_loss.py.
 
 A layer's outputs have whatever scale they have: an error of the same size is nothing in one layer and ruin in another. On SmolLM2-135M, ranks divided by the
 energy of the outputs give a higher perplexity than the same share for every layer. So directions are weighed by the loss.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmdistill.compress.row_objective import RowObjective
+from llmdistill.compress.calibration import row_loss
 from llmdistill.compress.svd_targets import Target
 from llmdistill.models.modes import only_trained
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def loss_importances(
-    model: PreTrainedModel, targets: Sequence[Target], lefts: Mapping[str, Tensor], calibration: Calibration, num_rows: int, objective: RowObjective
+    model: PreTrainedModel, targets: Sequence[Target], lefts: Mapping[str, Tensor], calibration: Calibration, num_rows: int
 ) -> dict[str, Float[Tensor, " K"]]:
     """By target, of each direction in `lefts` (orthonormal, of `Target.scaled_OI`). In float32 or above: a model in less is copied for that."""
     differentiable: Any = model
@@ -55,7 +55,7 @@ def loss_importances(
         with only_trained(differentiable):
             for num, batch in enumerate(few.batches(differentiable), start=1):
                 with torch.enable_grad():
-                    value = objective(differentiable, batch)
+                    value = row_loss(calibration.loss, differentiable, batch)
                 if not bool(torch.isfinite(value)):
                     raise ValueError(
                         f"the loss of calibration row {num - 1} is {float(value.detach())}, so it has no gradient for SVD's importance: look at the model"

@@ -6,7 +6,7 @@ their own would take 6RI. In the model each of the three is a low-rank linear, a
 
 - Importance. A singular value counts what it does to the loss: I_i = mean over rows n of (sigma_i * dL_n/dsigma_i)^2 (qsvd_maths.py derives it). One ranking
   over all layers under one budget says which are kept; those of a layer need not be its largest. L_n is the row's loss in the source, as with Importance.LOSS
-  here; by default it is what the model says there (row_objective.py), since students are compressed on rows that they know by heart.
+  here; by default it is what the model says there (answers_loss.py), since students are compressed on rows that they know by heart.
 - Exponent. sigma^beta goes into the down-projection and sigma^(1 - beta) into the up-projections, which changes nothing until they are quantized.
 - Rotation. Between the factors, an orthogonal matrix and its inverse change nothing either, and spread outliers of the latent over its channels.
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compress import qsvd_maths
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.answers_loss import seen_by
+from llmdistill.compress.calibration import Calibration, row_loss
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.low_rank_maths import FLOOR, Gram, Spectrum, activation_gram, floored, spectrum
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.qsvd import QSVD, Cross, Outputs
 from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Item, allocate, kept_share, linear_costs
-from llmdistill.compress.row_objective import RowObjective, row_objective
 from llmdistill.compress.slots import Role, Slot, plain, slots
 from llmdistill.compress.statistics import InputStatistics, input_statistics
 from llmdistill.compress.svd import Data
@@ -121,8 +121,7 @@ def _scales(settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], cal
     """What each output of each group counts; none where all count alike."""
     if settings.outputs is Outputs.ALIKE:
         return {}
-    objective = row_objective(Importance[settings.outputs.name], calibration.loss)
-    return output_scales(model, groups, calibration, max(1, settings.num_gradient_rows // 2), objective)
+    return output_scales(model, groups, seen_by(Importance[settings.outputs.name], calibration), max(1, settings.num_gradient_rows // 2))
 
 
 def groups_of(settings: QSVD, model: PreTrainedModel) -> list[Group]:
@@ -157,38 +156,34 @@ def spectra(
 def importances_of(settings: QSVD, model: PreTrainedModel, groups: Sequence[Group], found: Mapping[str, Found], calibration: Calibration) -> dict[str, Tensor]:
     """Of every direction of every group, in the spectrum's order."""
     if settings.importance is not Importance.ENERGY:
-        return loss_importances(model, groups, found, calibration, settings.num_gradient_rows, row_objective(settings.importance, calibration.loss))
+        return loss_importances(model, groups, found, seen_by(settings.importance, calibration), settings.num_gradient_rows)
     energies = {name: one.spectrum.energy_K for name, one in found.items()}
     return {name: energy_K / (float(energy_K.sum()) or 1.0) for name, energy_K in energies.items()}  # a share, since what a layer's outputs count is unknown
 
 
-def loss_importances(
-    model: PreTrainedModel, groups: Sequence[Group], found: Mapping[str, Found], calibration: Calibration, num_rows: int, objective: RowObjective
-) -> dict[str, Tensor]:
+def loss_importances(model: PreTrainedModel, groups: Sequence[Group], found: Mapping[str, Found], calibration: Calibration, num_rows: int) -> dict[str, Tensor]:
     """QSVD's: the mean of the squares over rows."""
     parts = {group.name: found[group.name].stacked.parts(found[group.name].spectrum) for group in groups}
     sums = {group.name: torch.zeros_like(found[group.name].spectrum.energy_K) for group in groups}
     num = 0
-    for gradients in row_gradients(model, groups, calibration, num_rows, objective):
+    for gradients in row_gradients(model, groups, calibration, num_rows):
         num += 1
         for name, gradient_OI in gradients.items():
             sums[name] += qsvd_maths.row_effects(*parts[name], gradient_OI).double().square()
     return {name: sum_K / num for name, sum_K in sums.items()}
 
 
-def output_scales(model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int, objective: RowObjective) -> dict[str, Tensor]:
+def output_scales(model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int) -> dict[str, Tensor]:
     """What each output of each group counts."""
     sums: dict[str, Tensor] = {}
-    for gradients in row_gradients(model, groups, calibration, num_rows, objective):
+    for gradients in row_gradients(model, groups, calibration, num_rows):
         for name, gradient_OI in gradients.items():
             sums[name] = sums.get(name, 0.0) + gradient_OI.double().square().sum(1)
     return {name: qsvd_maths.output_scale(sum_O) for name, sum_O in sums.items()}
 
 
-def row_gradients(
-    model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int, objective: RowObjective
-) -> Iterator[dict[str, Tensor]]:
-    """Of each row's own number, for each group's stacked weights, in float32 or above: a model in less is copied for that. Some rows, spread evenly."""
+def row_gradients(model: PreTrainedModel, groups: Sequence[Group], calibration: Calibration, num_rows: int) -> Iterator[dict[str, Tensor]]:
+    """Of each row's own loss, for each group's stacked weights, in float32 or above: a model in less is copied for that. Some rows, spread evenly."""
     differentiable: Any = model
     if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
         differentiable = copy.deepcopy(model).float()
@@ -196,7 +191,7 @@ def row_gradients(
     with only_trained(differentiable, weights):
         for number, batch in enumerate(_some(calibration, num_rows).batches(differentiable)):
             with torch.enable_grad():
-                value = objective(differentiable, batch)
+                value = row_loss(calibration.loss, differentiable, batch)
             if not bool(torch.isfinite(value)):
                 raise ValueError(f"the loss of calibration row {number} is {float(value)}, so it has no gradient for QSVD to look at: look at the model")
             gradients = iter(torch.autograd.grad(value, weights))

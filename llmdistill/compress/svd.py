@@ -3,7 +3,7 @@
 What is minimised (`data`) and why nothing is inverted for it says low_rank_maths.py; how the budget is divided (`ranks`) says ranks.py.
 
 - `importance`: one ranking over all layers needs to know what each layer's errors do to the answers, or to the loss; loss_importance.py says how that is
-  measured, row_objective.py which of them when. A layer then keeps the directions of its outputs that matter most there, which need not be those of most
+  measured, answers_loss.py which of them when. A layer then keeps the directions of its outputs that matter most there, which need not be those of most
   energy. The other divisions keep those of most energy.
 - `in_order`: ranks are chosen on the model as it was, then the layers are factorised in the order in which data passes them, each for the inputs that the
   compressed ones before it give: SVD-LLM's sequential update (Wang et al. 2024, section 3.2), layer by layer also within a block (block_by_block.py). Since the

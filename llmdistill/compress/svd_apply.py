@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from llmdistill.compress import low_rank_maths as maths
+from llmdistill.compress.answers_loss import seen_by
 from llmdistill.compress.block_by_block import Original, Rows, groups_of_block, stack_paths
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.loss_importance import loss_importances
 from llmdistill.compress.low_rank_maths import FLOOR, ShiftedMoments, Spectrum
 from llmdistill.compress.method import Applied, Layer
 from llmdistill.compress.ranks import Allocation, Item, allocate, kept_share
-from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.statistics import InputStatistics, input_statistics
 from llmdistill.compress.svd import SVD, Data
 from llmdistill.compress.svd_found import Found, found_of, gram_of, look
@@ -49,8 +49,7 @@ def apply(settings: SVD, model: PreTrainedModel, calibration: Calibration) -> Ap
 def by_loss(settings: SVD, model: PreTrainedModel, calibration: Calibration, targets: Sequence[Target], found: Mapping[str, Found]) -> dict[str, Found]:
     """What was found, with directions in the order of what they do to the answers or the loss."""
     lefts = {path: one.spectrum.left_OK for path, one in found.items()}
-    objective = row_objective(settings.importance, calibration.loss)
-    importances = loss_importances(model, targets, lefts, calibration, settings.num_gradient_rows, objective)
+    importances = loss_importances(model, targets, lefts, seen_by(settings.importance, calibration), settings.num_gradient_rows)
     return {path: one.by_importance(importances[path]) for path, one in found.items()}
 
 

@@ -12,15 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llmdistill.batches import Batch
-from llmdistill.losses.exits import ExitLoss
 from llmdistill.losses.in_place import Guise
+from llmdistill.train import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossInGuises:
     """The mean of a loss over the whole model and its sub-networks."""
 
-    loss: ExitLoss
+    loss: Loss
     guises: Callable[[int], Sequence[Guise]]
     """The sub-networks of a step of training; the whole counts besides."""
     watched: Sequence[Guise]

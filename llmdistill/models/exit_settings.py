@@ -136,7 +136,7 @@ class ExitSettings:
         """Back from config.json."""
         try:
             fields = dict(value)
-            calibration = fields.pop("calibration")
+            calibration = fields["calibration"]
             fields["calibration"] = None if calibration is None else Calibration.from_json(calibration)
             fields["subnet_calibrations"] = {subnet: Calibration.from_json(one) for subnet, one in fields.get("subnet_calibrations", {}).items()}
             fields |= {"layers": tuple(fields["layers"]), "encoder_layers": tuple(fields["encoder_layers"])}

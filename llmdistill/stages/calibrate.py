@@ -37,6 +37,7 @@ from llmdistill.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmdistill.elastic.choice import Subnet
     from llmdistill.exits.losses import Curve
 
 log = logging.getLogger(__name__)
@@ -75,18 +76,20 @@ class CalibrateExits(Stage[Checkpoint]):
             raise ValueError(f"max_new_tokens is {self.max_new_tokens} and max_batch_rows {self.max_batch_rows}; give 1 or more")
 
     def build(self, run: Run) -> Mapping[str, JsonScalar]:
+        from llmdistill.elastic.extract import extracted
         from llmdistill.models import checkpoint
         from llmdistill.models.exits import keep_settings
 
         source = run.artifact(self.checkpoint)
         student = Answering.load(source.folder, device=device_name(), max_batch_rows=self.max_batch_rows)
         settings = self._settings(student.model)
-        model, subnets = student.model, self._subnets(run, student.model)
+        model, subnets = student.model, self._subnets(run, student.model, settings)
         keep_settings(model, settings)
         found, calibration = self._calibrated(run, student)
         figures, record = self._figures(found, calibration.points, settings), _record(self, found, calibration.points, model)
         of_subnets: dict[str, Calibration] = {}
-        for text, small in subnets.items():
+        for text, subnet in subnets.items():
+            small = extracted(model, subnet).eval()
             found, of_subnets[text] = self._calibrated(run, replace(student, model=small))
             record.setdefault("subnets", {})[text] = _record(self, found, of_subnets[text].points, small)
         if subnets:
@@ -97,26 +100,22 @@ class CalibrateExits(Stage[Checkpoint]):
         (run.folder / CALIBRATION).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return figures
 
-    def _subnets(self, run: Run, model: "PreTrainedModel") -> "dict[str, PreTrainedModel]":
-        """Those that are calibrated beside the whole, taken out, by their names."""
+    def _subnets(self, run: Run, model: "PreTrainedModel", settings: ExitSettings) -> "dict[str, Subnet]":
+        """Those that are calibrated beside the whole, by their names."""
         from llmdistill.elastic.choice import parse, write
-        from llmdistill.elastic.extract import extracted
+        from llmdistill.elastic.exit_cuts import exits_within
         from llmdistill.elastic.kept import is_elastic, space_of
-        from llmdistill.models.exits import exits_of, keep_settings
 
         texts = self.subnets if isinstance(self.subnets, tuple) else [str(point["subnet"]) for point in run.artifact(self.subnets).found()["points"]]
-        if texts and not is_elastic(model):
+        if not texts:
+            return {}
+        if not is_elastic(model):
             raise ValueError(f"the student of {self.checkpoint.name!r} is not elastic, and CalibrateExits.subnets is {self.subnets}; leave it out")
-        found = {}
-        for subnet in (parse(text, space_of(model)) for text in texts):
-            small, text = extracted(model, subnet), write(subnet, space_of(model))
-            if subnet == space_of(model).largest():
-                continue  # which is calibrated anyway
-            if exits_of(small) is None:
-                log.warning("the sub-network %s keeps no layer on both sides of an exit, and stays at full depth", text)
-                continue
-            keep_settings(small, self._settings(small))
-            found[text] = small.eval()
+        space = space_of(model)
+        found = {write(subnet, space): subnet for subnet in (parse(text, space) for text in texts) if subnet != space.largest()}
+        for text in [text for text, subnet in found.items() if exits_within(settings, space, subnet) is None]:
+            log.warning("the sub-network %s keeps no layer on both sides of an exit, and stays at full depth", text)
+            del found[text]
         return found
 
     def _calibrated(self, run: Run, student: Answering) -> "tuple[Curve, Calibration]":

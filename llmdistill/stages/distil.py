@@ -28,7 +28,7 @@ from llmdistill.models.student import ScratchT5, Student
 from llmdistill.stages.answering import Answering
 from llmdistill.stages.distil_card import Learned, model_card, task_section
 from llmdistill.stages.elastic import Elastic
-from llmdistill.stages.training_folder import training_folder
+from llmdistill.stages.training_folder import load_to_train, training_folder
 from llmdistill.tasks.task import Task
 from llmdistill.train_settings import Best, TrainSettings
 from llmdistill.tuning import Full, LoRA, adapt, merge
@@ -140,11 +140,7 @@ class Distil(Stage[Checkpoint]):
 
     def _load(self, folder: Path) -> tuple[Any, Any]:
         """The student, ready to train, and its tokenizer."""
-        import torch
-
-        from llmdistill.models import checkpoint
-
-        model, tokenizer = checkpoint.load(folder, dtype=torch.float32)
+        model, tokenizer = load_to_train(folder)
         adapt(model, self.tuning, seed=self.seed)
         return model, tokenizer
 

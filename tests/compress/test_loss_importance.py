@@ -12,11 +12,11 @@ from quantization_models import MODELS, calibration, rows, tiny
 
 from llmdistill.batches import Pair
 from llmdistill.compress import low_rank_maths as maths
-from llmdistill.compress.calibration import Calibration
+from llmdistill.compress.answers_loss import TEMPERATURE, AnswersLoss, seen_by
+from llmdistill.compress.calibration import Calibration, row_loss
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.loss_importance import loss_importances
 from llmdistill.compress.ranks import Allocation, Budget
-from llmdistill.compress.row_objective import TEMPERATURE, row_objective
 from llmdistill.compress.svd import SVD, Scope
 from llmdistill.compress.svd_targets import Target, targets_of
 from llmdistill.losses.loss import target_logits_NV
@@ -33,7 +33,7 @@ def one_token() -> Calibration:
 def found(model: Any, rows_: Calibration, importance: Importance = Importance.LOSS) -> tuple[list[Target], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     targets = targets_of(model, ALL, Budget.PARAMETERS, rows_, counts_tokens=True)[0]
     lefts = {target.path: maths.spectrum(target.scaled_OI, None).left_OK for target in targets}
-    return targets, lefts, loss_importances(model, targets, lefts, rows_, 64, row_objective(importance, rows_.loss))
+    return targets, lefts, loss_importances(model, targets, lefts, seen_by(importance, rows_), 64)
 
 
 @pytest.mark.parametrize("importance", [Importance.LOSS, Importance.ANSWERS])
@@ -45,7 +45,7 @@ def test_is_the_squared_derivative_of_the_loss(name: str, importance: Importance
 
     def loss() -> float:
         with torch.no_grad():
-            return float(row_objective(importance, rows_.loss)(model, batch))
+            return float(row_loss(seen_by(importance, rows_).loss, model, batch))
 
     for target in targets:
         if target.head or (target.embeddings and model.config.is_encoder_decoder):  # two effects, whose squares are added
@@ -71,7 +71,7 @@ def test_that_of_answers_is_the_second_derivative_of_how_far_the_softened_model_
     [batch] = rows_.batches(model)
     targets = targets_of(model, (Scope.ATTENTION, Scope.FEED_FORWARD), Budget.PARAMETERS, rows_, counts_tokens=True)[0][-3:]
     lefts = {target.path: maths.spectrum(target.scaled_OI, None).left_OK for target in targets}
-    of_draws = [loss_importances(model, targets, lefts, rows_, 1, row_objective(Importance.ANSWERS, rows_.loss, seed=seed)) for seed in range(600)]
+    of_draws = [loss_importances(model, targets, lefts, replace(rows_, loss=AnswersLoss(rows_.loss, seed)), 1) for seed in range(600)]
     importances = {path: torch.stack([one[path] for one in of_draws]).mean(0) for path in lefts}
 
     def log_probabilities() -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_a_tied_matrix_has_the_effects_of_embedding_and_head(name: str) -> None:
     embedding, head = replace(tied, head=None), replace(tied, path="lm_head", embeddings=(), head=None)
     left_OK = lefts[tied.path]
     lefts = {embedding.path: left_OK, head.path: left_OK}
-    parts = loss_importances(model, [embedding, head], lefts, rows_, 64, row_objective(Importance.LOSS, rows_.loss))
+    parts = loss_importances(model, [embedding, head], lefts, rows_, 64)
     torch.testing.assert_close(importances[tied.path], parts[embedding.path] + parts[head.path], rtol=1e-4, atol=1e-12)
 
 
@@ -150,9 +150,9 @@ def test_a_loss_that_is_no_number_is_refused(importance: Importance) -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     targets = targets_of(model, (Scope.ATTENTION,), Budget.PARAMETERS, calibration(1), counts_tokens=False)[0]
-    lefts, objective = {target.path: torch.eye(target.weight_OI.shape[0]) for target in targets}, row_objective(importance, calibration(1).loss)
+    lefts, seen = {target.path: torch.eye(target.weight_OI.shape[0]) for target in targets}, seen_by(importance, calibration(1))
     with pytest.raises(ValueError, match="the loss of calibration row 0 is nan"):
-        loss_importances(model, targets, lefts, calibration(1), 4, objective)
+        loss_importances(model, targets, lefts, seen, 4)
 
 
 def test_other_divisions_ask_for_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from llmdistill.compress import qsvd_maths
+from llmdistill.compress.answers_loss import seen_by
 from llmdistill.compress.calibration import Calibration, row_loss
 from llmdistill.compress.importance import Importance
 from llmdistill.compress.int8 import Int8
@@ -24,7 +25,6 @@ from llmdistill.compress.qsvd import QSVD, Cross, Outputs, Rotation
 from llmdistill.compress.qsvd_apply import CROSS, groups_of, importances_of, output_scales, spectra
 from llmdistill.compress.qsvd_maths import Stacked
 from llmdistill.compress.ranks import Allocation, Budget
-from llmdistill.compress.row_objective import row_objective
 from llmdistill.compress.slots import Role, slots
 from llmdistill.compress.statistics import input_statistics
 from llmdistill.compress.svd import SVD, Data, Scope
@@ -84,7 +84,7 @@ def test_importance_is_a_finite_difference_of_each_rows_loss(name: str, data: Da
     model, rows = tiny(name, torch.float64), calibration(3)
     settings = QSVD(data=data, importance=Importance.LOSS, num_gradient_rows=100)
     groups = groups_of(settings, model)
-    scales = output_scales(model, groups, rows, 100, row_objective(Importance.LOSS, rows.loss)) if outputs is Outputs.LOSS else {}
+    scales = output_scales(model, groups, rows, 100) if outputs is Outputs.LOSS else {}
     found = {group.name: one for group, one in spectra(settings, model, groups, rows, scales)}
     importances = importances_of(settings, model, groups, found, rows)
     assert all(not parameter.grad for parameter in model.parameters() if parameter.grad is not None)
@@ -203,7 +203,7 @@ def test_an_output_that_the_loss_does_not_see_gives_way_to_those_that_it_sees() 
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight[:, :8] = 0  # the first head's values go nowhere
     group = groups_of(QSVD(), model)[0]
-    scale_O = output_scales(model, [group], rows, 4, row_objective(Importance.ANSWERS, rows.loss))[group.name]
+    scale_O = output_scales(model, [group], seen_by(Importance.ANSWERS, rows), 4)[group.name]
     assert scale_O.square().mean() == pytest.approx(1 + qsvd_maths.LEAST_OUTPUT)
     assert float(scale_O[:8].max()) < 1.01 * qsvd_maths.LEAST_OUTPUT**0.5  # its queries
     assert float(scale_O[16:].min()) > 1.1 * qsvd_maths.LEAST_OUTPUT**0.5

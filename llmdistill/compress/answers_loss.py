@@ -1,4 +1,4 @@
-"""What the gradients of a calibration row are of: its loss, or the answers that the model gives there.
+"""What the gradients of a calibration row are of: its loss, or the answers that the model gives there, as a loss of their own.
 
 A student is mostly compressed on the rows that it was trained on. It knows them by heart, so the loss there is next to nothing, and so is its gradient: what
 is left of it is chance, and a ranking by it takes away what other rows need.
@@ -24,47 +24,65 @@ Shapes: N target tokens, V vocabulary, P parts of the loss.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmdistill.batches import Batch
-from llmdistill.compress.calibration import row_loss
+from llmdistill.compress.calibration import Calibration
 from llmdistill.compress.importance import Importance
 from llmdistill.train import Loss
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 TEMPERATURE = 2.0
 
-RowObjective: TypeAlias = "Callable[[Any, Batch], Tensor]"
-"""Of a model and a batch of one row, a number with a gradient."""
+
+def seen_by(importance: Importance, calibration: Calibration) -> Calibration:
+    """The rows, with the loss that LOSS or ANSWERS looks at."""
+    return calibration if importance is Importance.LOSS else replace(calibration, loss=AnswersLoss(calibration.loss))
 
 
-def row_objective(importance: Importance, loss: Loss, *, seed: int = 0) -> RowObjective:
-    """What LOSS or ANSWERS looks at. What is drawn in a row depends on what is read there and on the seed, and not on other rows."""
-    if importance is Importance.LOSS:
-        return lambda model, batch: row_loss(loss, model, batch)
-    return lambda model, batch: answers_loss(loss, model, batch, _generator(batch, seed))
+@dataclass(frozen=True)
+class AnswersLoss:
+    """Cross-entropy of tokens that the softened model says itself, in the parts of another loss.
+
+    What is drawn in a row depends on what is read there and on the seed, and not on other rows."""
+
+    loss: Loss
+    seed: int = 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.loss.parts
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.loss.weights
+
+    def counts_P(self, batch: Batch) -> Int[Tensor, " P"]:
+        """Those of the loss."""
+        return self.loss.counts_P(batch)
+
+    def sums_P(self, model: nn.Module, batch: Batch) -> Float[Tensor, " P"]:
+        """Of logits that are no numbers the sums are none either."""
+        logits_NV = _logits_NV(self.loss, model, batch)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / TEMPERATURE
+        if bool(torch.isfinite(logits_NV).all()):
+            said_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=_generator(batch, self.seed))[:, 0]
+            loss_N = F.cross_entropy(logits_NV, said_N, reduction="none")
+        else:
+            loss_N = logits_NV.sum(-1)
+        return loss_N.new_zeros(len(self.parts)).index_add(0, batch.part_N, loss_N)
 
 
 def _generator(batch: Batch, seed: int) -> torch.Generator:
     read = zlib.crc32(b"".join(ids.cpu().numpy().tobytes() for ids in (batch.input_EL, *(decoded.input_GT for decoded in batch.decoded))))
     return torch.Generator(device=batch.input_EL.device).manual_seed(read + seed)
-
-
-def answers_loss(loss: Loss, model: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Cross-entropy of tokens that the softened model says: each part's mean over its tokens, weighted as in the loss and added up."""
-    logits_NV = _logits_NV(loss, model, batch)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / TEMPERATURE
-    if not bool(torch.isfinite(logits_NV).all()):
-        return logits_NV.sum()  # which says so
-    said_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator)[:, 0]
-    loss_N = F.cross_entropy(logits_NV, said_N, reduction="none")
-    counts_P = loss.counts_P(batch).clamp(min=1)
-    sums_P = loss_N.new_zeros(len(counts_P)).index_add(0, batch.part_N, loss_N)
-    return (sums_P / counts_P * sums_P.new_tensor(loss.weights)).sum()
 
 
 def _logits_NV(loss: Loss, model: Any, batch: Batch) -> Tensor:
